@@ -1,0 +1,1 @@
+"""Floor 5: the way in and the way out of the cluster."""

@@ -1,0 +1,1 @@
+"""Floor 2: the experts, spread over shards."""
