@@ -1,0 +1,1 @@
+"""Tensors, never requests: operations, the model and the transport of tensors."""

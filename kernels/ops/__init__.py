@@ -1,0 +1,1 @@
+"""One operation, one file: the formula, a torch reference, then a kernel where there is one."""
