@@ -1,0 +1,47 @@
+"""One thread, one seed for each test, and no process left behind."""
+
+import os
+import random
+import uuid
+import zlib
+
+import numpy
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.processes import MARK, processes_left
+
+LEAVING_TIMEOUT_S = 15.0
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Mark every process that the tests will start, through the environment that it inherits."""
+    torch.set_num_threads(1)
+    os.environ[MARK] = uuid.uuid4().hex
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed every source of random numbers with the test's name, which also names the failure to repeat."""
+    number = zlib.crc32(request.node.nodeid.encode())
+    random.seed(number)
+    numpy.random.seed(number)
+    torch.manual_seed(number)
+    return number
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if a process that it started outlives it."""
+    left = processes_left(os.environ[MARK], timeout_s=LEAVING_TIMEOUT_S)
+    if not left:
+        return
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reporter.write_line(f"\nERROR: the tests left {len(left)} processes behind:", red=True)
+    for process_id, command in left.items():
+        reporter.write_line(f"  {process_id} {command}")
