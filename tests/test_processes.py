@@ -20,7 +20,7 @@ def test_a_living_child_is_found_and_a_dead_one_is_not():
 
 
 def test_an_orphan_is_found_by_its_mark():
-    command = f"[sys.executable, '-c', {SLEEP!r}], stdout=subprocess.DEVNULL"
+    command = f"[sys.executable, '-c', {SLEEP!r}], stdout=-3, stderr=-3"  # -3 is DEVNULL
     start = f"import subprocess, sys; print(subprocess.Popen({command}).pid)"
     environment = os.environ | {MARK: "an orphan of this test", "PYTHONWARNINGS": "ignore"}
     parent = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, check=True)
