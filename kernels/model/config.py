@@ -37,7 +37,7 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions: `interleaved` rotates pairs (0, 1), (2, 3), ...; otherwise (0, d/2), (1, d/2 + 1), ..."""
+    """Rotary positions: `interleaved` rotates dimensions (0, 1), (2, 3), ...; otherwise (0, d/2), ..."""
 
     theta: float
     interleaved: bool = True
@@ -287,7 +287,7 @@ def _check_groups(fields: Fields, gate: GateConfig, experts_count: int) -> None:
         problem = f"is {gate.groups_per_token}, more than n_group ({gate.groups_count})"
         raise fields.refuse("topk_group", problem, "give at most n_group")
     if gate.experts_per_token > gate.groups_per_token * group_size:
-        problem = f"is {gate.experts_per_token}, more than {gate.groups_per_token} groups of {group_size} hold"
+        problem = f"is {gate.experts_per_token}, more than {gate.groups_per_token} groups of {group_size}"
         raise fields.refuse("num_experts_per_tok", problem, "choose fewer experts or raise topk_group")
 
 

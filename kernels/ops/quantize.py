@@ -1,7 +1,7 @@
 """FP8 weights in blocks: weight = q x s, one float32 s for each block of rows by columns.
 
-With block (br, bc) and q `[rows, columns]` (float8_e4m3fn), s is `[ceil(rows / br), ceil(columns / bc)]`: blocks
-at the right and lower edge may be ragged. Checkpoints call s `weight_scale_inv`, although it multiplies.
+With block (br, bc) and q `[rows, columns]` (float8_e4m3fn), s is `[ceil(rows / br), ceil(columns / bc)]`:
+blocks at the right and lower edge may be ragged. Checkpoints call s `weight_scale_inv`.
 """
 
 import torch
@@ -23,7 +23,7 @@ def dequantize_blocks(
 ) -> torch.Tensor:
     """Weight `[rows, columns]` in `dtype` from FP8 and its scales, multiplied in float32 and rounded once."""
     _check_shapes(weight, scale_inv, block)
-    rows, columns = weight.shape
+    rows = weight.shape[0]
     scales = scale_inv.float().repeat_interleave(block[0], dim=0)[:rows]
     values = weight.float()
     for index in range(scale_inv.shape[1]):
