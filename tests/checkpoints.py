@@ -91,7 +91,7 @@ PROJECTIONS = ("_proj.weight", "_proj_with_mqa.weight")
 
 
 def build(name: str, folder: Path) -> Path:
-    """Write the checkpoint called `name` (one of NAMES) into `folder`, made if need be, and return the folder."""
+    """Write the checkpoint `name` (one of NAMES) into `folder`, made if need be, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     family = "deepseek_v2" if name.startswith("v2_") else "deepseek_v3"
     model = _random_model(family, COMMON | RECIPES[name], zlib.crc32(name.encode()))
@@ -209,7 +209,7 @@ def _as_published(document: dict) -> dict:
 
 
 def _quantise(folder: Path) -> None:
-    """Projections in FP8 blocks, the rest but the gate's bias in bfloat16, as DeepSeek publishes its weights."""
+    """Projections in FP8 blocks, the rest but the gate's bias in bfloat16, as DeepSeek publishes them."""
     index = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors = {}

@@ -11,8 +11,8 @@ from kernels.model.fields import SIZE_MAX, Fields, ModelConfigError, read_fields
 
 __all__ = ["GateConfig", "ModelConfig", "ModelConfigError", "RopeConfig", "WeightFormat", "YarnConfig"]
 
-LAYERS_COUNT_MAX = 1024
-EXPERTS_COUNT_MAX = 4096
+LAYERS_COUNT_MAX = 256
+EXPERTS_COUNT_MAX = 2048
 
 FAMILIES = {"deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3"}
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}

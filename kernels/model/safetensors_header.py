@@ -60,10 +60,11 @@ def parse_json(text: bytes, what: str) -> dict:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+    document = {}
+    for name, value in pairs:
+        if name in document:
+            raise ValueError(f"{name!r:.200} comes twice")
+        document[name] = value
     return document
 
 
