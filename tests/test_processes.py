@@ -8,6 +8,12 @@ from tests.processes import MARK, processes_left
 
 SLEEP = "import time; time.sleep(60)"
 
+LEAVE_A_SLEEPER = f"""
+import subprocess, sys
+quiet = subprocess.DEVNULL
+print(subprocess.Popen([sys.executable, "-c", {SLEEP!r}], stdout=quiet, stderr=quiet).pid)
+"""
+
 
 def test_a_living_child_is_found_and_a_dead_one_is_not():
     child = subprocess.Popen([sys.executable, "-c", SLEEP], env=os.environ | {MARK: "not this run's"})
@@ -20,10 +26,9 @@ def test_a_living_child_is_found_and_a_dead_one_is_not():
 
 
 def test_an_orphan_is_found_by_its_mark():
-    command = f"[sys.executable, '-c', {SLEEP!r}], stdout=-3, stderr=-3"  # -3 is DEVNULL
-    start = f"import subprocess, sys; print(subprocess.Popen({command}).pid)"
     environment = os.environ | {MARK: "an orphan of this test", "PYTHONWARNINGS": "ignore"}
-    parent = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, check=True)
+    command = [sys.executable, "-c", LEAVE_A_SLEEPER]
+    parent = subprocess.run(command, env=environment, capture_output=True, check=True)
     orphan = int(parent.stdout)
     try:
         assert orphan in processes_left("an orphan of this test")
