@@ -32,9 +32,7 @@ bench: $(INSTALLED)
 	@exec .venv/bin/python -m benchmarks.serving $(ARGS)
 
 proto: $(INSTALLED)
-	@.venv/bin/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. \
-		cluster/proto/*.proto
-	@echo "make proto: generated from" cluster/proto/*.proto
+	@.venv/bin/python -m cluster.proto.generate && echo "make proto: generated"
 
 clean:
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
