@@ -42,7 +42,7 @@ def quantize_blocks(
     padded = F.pad(weight.float(), padding).view(rows_of_blocks, block[0], columns_of_blocks, block[1])
     largest = padded.abs().amax(dim=(1, 3))
     scale_inv = torch.where(largest > 0, largest / E4M3_MAX, torch.ones_like(largest))
-    # A quotient can land a hair above 448, which this format turns into NaN rather than into its maximum.
+    # A block of numbers near 1e-43 has a scale that underflows; what is too large for FP8 would become NaN.
     quotient = (padded / scale_inv[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     flat = quotient.reshape(rows_of_blocks * block[0], columns_of_blocks * block[1])[:rows, :columns]
     return flat.contiguous().to(torch.float8_e4m3fn), scale_inv
