@@ -1,10 +1,12 @@
 """The published members of the family load; what would run wrong is refused, naming the field."""
 
 import json
+import math
 
 import pytest
 
 from kernels.model.config import ModelConfig, ModelConfigError, WeightFormat, YarnConfig
+from kernels.model.tensor_names import expected_shapes
 
 YARN = {
     "type": "yarn",
@@ -147,6 +149,15 @@ PUBLISHED = {
     "Moonlight-16B-A3B": MOONLIGHT,
     "Kimi-K2": KIMI_K2,
 }
+
+
+PARAMETERS_B = {"V2": 236, "V2-Lite": 15.7, "V3": 671, "Moonlight-16B-A3B": 16, "Kimi-K2": 1026}
+
+
+@pytest.mark.parametrize("name", PARAMETERS_B)
+def test_shapes_add_up_to_the_published_size(name):
+    shapes = expected_shapes(ModelConfig.from_huggingface(PUBLISHED[name])).values()
+    assert sum(map(math.prod, shapes)) == pytest.approx(PARAMETERS_B[name] * 1e9, rel=0.005)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
