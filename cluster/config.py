@@ -1,0 +1,300 @@
+"""One YAML file makes one cluster: every key, its default, and what it means.
+
+Only `model.folder` has no default. Relative paths are relative to the file that names them.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from cluster.errors import InvalidConfig
+
+FILE_BYTES_MAX = 64 * 2**10
+PORT_MAX = 65535
+
+_UNITS_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Read sizes such as "256MiB" or "1.5 GB" as bytes; anything that is no text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?) ?([A-Za-z]{1,3})", value.strip())
+    unit_bytes = _UNITS_BYTES.get(match[2].upper()) if match else None
+    if match is None or unit_bytes is None:
+        raise ValueError("a size is a number of bytes, or a number with a unit such as 256MiB or 2GB")
+    return int(float(match[1]) * unit_bytes)
+
+
+def resolve_path(value: Any, info: ValidationInfo) -> Any:
+    """Read a path, relative to the folder in the validation context (else to the working directory)."""
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("a path is a text that is not empty")
+    return (Path((info.context or {}).get("folder", ".")) / Path(value).expanduser()).resolve()
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+ResolvedPath = Annotated[Path, BeforeValidator(resolve_path)]
+Host = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9.:_-]+$")]
+NodesCount = Annotated[int, Field(ge=1, le=1024)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, with no key that it does not know and no guessing of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """Which model is served."""
+
+    folder: ResolvedPath = Field(description="folder with config.json, *.safetensors and the tokenizer")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="in which numbers to compute; float32 is exact and best on CPUs"
+    )
+    name: str = Field(
+        "", max_length=128, description="what clients see as the model's name; empty: the folder's name"
+    )
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients see."""
+        return self.name or self.folder.name
+
+
+class GatewaySection(Section):
+    """Where clients come in."""
+
+    count: NodesCount = Field(1, description="gateways, all on the same port")
+    host: Host = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens it to other hosts")
+    port: int = Field(50051, ge=0, le=PORT_MAX, description="gRPC port; 0 takes any free one")
+    requests_waiting_max: int = Field(
+        256,
+        ge=1,
+        le=1_000_000,
+        description="requests of a gateway that may wait; more are shed with a retry time",
+    )
+    message_bytes_max: Annotated[Bytes, Field(ge=1024, le=2**30)] | None = Field(
+        None, description="largest message from a client; empty: derived from the model's context"
+    )
+    tokens_max_default: int = Field(256, ge=1, description="max_tokens of a request that names none")
+    stall_timeout_s: Seconds = Field(
+        30.0, description="how long a client may leave its stream unread before it is cancelled"
+    )
+    token_file: ResolvedPath | None = Field(
+        None, description="file with the bearer token that clients must send; empty: none is asked for"
+    )
+
+
+class PrefillSection(Section):
+    """The nodes that read prompts."""
+
+    count: NodesCount = Field(1, description="prefill nodes")
+    latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
+        256 * 2**20, description="memory for latents on each node"
+    )
+    step_tokens_max: int = Field(512, ge=1, le=1_000_000, description="tokens of all prompts in one step")
+    requests_max: int = Field(32, ge=1, le=4096, description="prompts that a node works on at a time")
+
+
+class DecodeSection(Section):
+    """The nodes that write answers."""
+
+    count: NodesCount = Field(1, description="decode nodes")
+    latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
+        256 * 2**20, description="memory for latents on each node"
+    )
+    requests_max: int = Field(64, ge=1, le=4096, description="requests in one step of a node")
+    micro_batches: Literal[1, 2] = Field(
+        1, description="2: one half of a step computes while the other's tokens are with the experts"
+    )
+
+
+class ExpertsSection(Section):
+    """The shards that hold the experts."""
+
+    shards_count: NodesCount = Field(2, description="shards over which the experts are spread")
+    dispatch_timeout_s: Seconds = Field(30.0, description="how long a node waits for a shard's answer")
+
+
+class TransportSection(Section):
+    """How latents, tokens and dispatches travel."""
+
+    scheme: Literal["unix", "tcp"] = Field(
+        "unix", description="unix: one host only, fastest; tcp: several hosts"
+    )
+    host: Host = Field("127.0.0.1", description="for tcp: the address that nodes and shards listen on")
+    lease_s: Seconds = Field(10.0, description="how long reserved pages outlive the last sign of their owner")
+
+
+class DashboardSection(Section):
+    """Ray's dashboard."""
+
+    enabled: bool = Field(True, description="whether to start it; off saves about 3 s and 200 MB")
+    port: int = Field(8265, ge=0, le=PORT_MAX, description="its port")
+
+
+class ClusterConfig(Section):
+    """All of it; what is left out takes its default."""
+
+    model: ModelSection = Field(description=ModelSection.__doc__)
+    gateway: GatewaySection = Field(GatewaySection(), description=GatewaySection.__doc__)
+    prefill: PrefillSection = Field(PrefillSection(), description=PrefillSection.__doc__)
+    decode: DecodeSection = Field(DecodeSection(), description=DecodeSection.__doc__)
+    experts: ExpertsSection = Field(ExpertsSection(), description=ExpertsSection.__doc__)
+    transport: TransportSection = Field(TransportSection(), description=TransportSection.__doc__)
+    dashboard: DashboardSection = Field(DashboardSection(), description=DashboardSection.__doc__)
+    threads_per_actor: int = Field(1, ge=1, le=256, description="threads with which each process computes")
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "ClusterConfig":
+        if self.dashboard.enabled and self.gateway.port == self.dashboard.port != 0:
+            raise ValueError("gateway.port and dashboard.port must differ")
+        return self
+
+    def with_overrides(
+        self,
+        *,
+        model: Path | None = None,
+        prefill: int | None = None,
+        decode: int | None = None,
+        shards: int | None = None,
+        port: int | None = None,
+    ) -> "ClusterConfig":
+        """Replace what is not None, as a command line does, and check the whole again; or InvalidConfig."""
+        values = self.model_dump(exclude_unset=True)
+        named = {
+            ("prefill", "count"): prefill,
+            ("decode", "count"): decode,
+            ("experts", "shards_count"): shards,
+            ("gateway", "port"): port,
+        }
+        for (section, key), value in named.items():
+            if value is not None:
+                values.setdefault(section, {})[key] = value
+        if model is not None:
+            values["model"] = values.get("model", {}) | {"folder": model, "name": ""}
+        return check_config(values, source="command line", folder=Path.cwd())
+
+
+def load_config(path: Path) -> ClusterConfig:
+    """Read and check a YAML file; or InvalidConfig, which names file, key, limit and remedy."""
+    path = Path(path)
+    return check_config(_read_yaml(path), source=str(path), folder=path.parent)
+
+
+def check_config(values: Any, source: str, folder: Path) -> ClusterConfig:
+    """Check nested plain values; relative paths in them are relative to the folder. Or InvalidConfig."""
+    try:
+        return ClusterConfig.model_validate(values, context={"folder": folder})
+    except ValidationError as error:
+        raise _explained(error, source) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            content = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise _unreadable(path, why, "a file that can be read", "Check the path.") from None
+    if len(content) > FILE_BYTES_MAX:
+        raise _unreadable(path, "it is too large", f"{FILE_BYTES_MAX} bytes", "Is it the right file?")
+    try:
+        _refuse_twins(yaml.compose(content, Loader=yaml.SafeLoader), path)
+        return yaml.safe_load(content)
+    except RecursionError:
+        raise _unreadable(
+            path, "it is nested too deeply", "sections of plain values", "Flatten it."
+        ) from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        why = " ".join(str(error).split()).replace(' in "<byte string>"', "")
+        raise _unreadable(path, why, "plain YAML", "Correct that place.") from None
+
+
+def _refuse_twins(root: yaml.Node | None, path: Path) -> None:
+    """Refuse a key given twice in one mapping: YAML itself would take the last and say nothing."""
+    waiting, seen_ids = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen_ids or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen_ids.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
+            continue
+        waiting.extend(value for _, value in node.value)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twins = sorted(key for key in set(keys) if keys.count(key) > 1)
+        if twins:
+            line = node.start_mark.line + 1
+            why = f"the key {twins[0]!r} stands twice in the mapping that begins in line {line}"
+            raise _unreadable(path, why, "each key once", "Take one of them out.")
+
+
+def _unreadable(path: Path, why: str, limit: str, remedy: str) -> InvalidConfig:
+    return InvalidConfig("UNREADABLE_CONFIG", why, field=str(path), limit=limit, remedy=remedy)
+
+
+def _explained(error: ValidationError, source: str) -> InvalidConfig:
+    """Tell the first problem; an unknown key goes first, since it is likely why another is missing."""
+    problems = error.errors(include_url=False)
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    key = ".".join(str(part) for part in problem["loc"]) or "the file"
+    field = f"{source}: {key}"
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(field, problem["loc"])
+    if problem["type"] == "missing":
+        return InvalidConfig(
+            "MISSING_KEY",
+            "this key is missing",
+            field,
+            limit="it has no default",
+            remedy=f"Add {key} to the file.",
+        )
+    limit = "a section of keys" if problem["type"] == "model_type" else problem["msg"]
+    return InvalidConfig(
+        "INVALID_VALUE",
+        f"{_shortened(problem['input'])} does not fit",
+        field,
+        limit=limit.removeprefix("Value error, ").replace("Input should be", "it should be"),
+        remedy="Change the value, or leave the key out to take its default.",
+    )
+
+
+def _unknown_key(field: str, location: tuple[int | str, ...]) -> InvalidConfig:
+    known = _known_keys(location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return InvalidConfig(
+        "UNKNOWN_KEY",
+        "there is no such key",
+        field,
+        limit=f"one of {', '.join(known)}",
+        remedy=f"Did you mean {close[0]}?" if close else "Take it out.",
+    )
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = ClusterConfig
+    for part in location:
+        section = section.model_fields[str(part)].annotation
+    return list(section.model_fields)
+
+
+def _shortened(value: Any) -> str:
+    """Show a value in an error; what is nested only by its type, since it may be huge."""
+    return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else type(value).__name__

@@ -1,0 +1,1 @@
+"""The wire format of trivium.v1, and what protoc makes of it."""
