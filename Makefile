@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CONFIG ?= examples/local.yaml
 INSTALLED := .venv/.installed
-PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input --quiet
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input -qq
 
 .PHONY: help run test lint bench proto clean
 
