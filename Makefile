@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Trivium needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "set-up 1/3: a virtual environment in .venv"
-	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
 		echo "set-up 2/3: torch for the GPU comes with the rest"; \
 		echo "set-up 3/3: Trivium and what it needs (several minutes the first time)"; \
