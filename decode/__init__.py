@@ -1,1 +1,1 @@
-"""Floor 3: one token at a time."""
+"""One token at a time: latents in, tokens out."""

@@ -1,1 +1,1 @@
-"""Floor 2: the experts, spread over shards."""
+"""The routed experts, spread over shards, and the plug that models dispatch their tokens through."""

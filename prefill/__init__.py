@@ -1,1 +1,1 @@
-"""Floor 4: the whole prompt at once."""
+"""The whole prompt at once: tokens in, latents and a first token out."""

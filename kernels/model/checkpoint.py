@@ -19,12 +19,22 @@ from kernels.model.tensor_names import (
 )
 from kernels.ops.quantize import dequantize_blocks, scale_shape
 
-__all__ = ["Checkpoint", "CheckpointError", "attention_half_names", "expected_shapes", "expert_names"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ProgressCallback",
+    "attention_half_names",
+    "expected_shapes",
+    "expert_names",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_BYTES_MAX = 256 * 1024 * 1024
 PLAIN_DTYPES = ("F32", "F16", "BF16")
+ProgressCallback = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
+
 LAYER_PATTERN = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -48,7 +58,7 @@ class Checkpoint:
         self,
         names: Sequence[str],
         dtype: torch.dtype,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: ProgressCallback | None = None,
     ) -> dict[str, torch.Tensor]:
         """Copies of the named weights in `dtype`, FP8 ones dequantised; the gate's bias stays float32.
 

@@ -1,1 +1,1 @@
-"""One operation, one file: the formula, a torch reference, then a kernel where there is one."""
+"""One operation a file: the torch reference, and beside it, with the same signature, its kernel."""

@@ -1,0 +1,16 @@
+"""What a decode node must be told."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One decode node: where it listens, how much it holds, and how long a lease lasts unless extended."""
+
+    name: str
+    address: str
+    secret: str
+    latents_bytes: int
+    requests_max: int = 64
+    micro_batches: int = 2
+    lease_s: float = 30.0

@@ -1,0 +1,179 @@
+"""Where latents reach decode: room is reserved, frames are fenced, and a request leaves when all of it is here.
+
+The thread that receives and the thread that computes both come here; one lock guards the ledger. Pages that a
+frame is being written to are never given away: a request that ends meanwhile keeps them until the frame has.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from decode.messages import (
+    FirstToken,
+    Latents,
+    PageReservation,
+    ReservationRefused,
+    ReservePages,
+    checksum,
+)
+from decode.request import DecodeRequest
+from kernels.model.latent_cache import LatentCache, page_runs
+from kernels.model.pages import PagesExhausted, pages_for
+from kernels.transport.channel import Channel
+from kernels.transport.tensors import NAMES, as_bytes
+
+
+class Inbox:
+    """Reservations whose latents are on their way."""
+
+    def __init__(self, cache: LatentCache, address: str, lease_s: float, clock: Callable[[], float]):
+        self.refused_count = 0
+        self._cache = cache
+        self._address = address
+        self._lease_s = lease_s
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._waiting: dict[str, DecodeRequest] = {}
+        self._receiving: dict[Channel, tuple[DecodeRequest, Latents, list[memoryview]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def reserve(self, asked: ReservePages, gateway: Channel) -> PageReservation | ReservationRefused:
+        """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one."""
+        tokens_count = asked.prompt_tokens_count + asked.sampling.tokens_max
+        wanted = pages_for(max(tokens_count, len(asked.token_ids)))
+        with self._lock:
+            self._forget(asked.request_id, asked.generation)
+            try:
+                pages = self._cache.pool.lease(wanted)
+            except PagesExhausted:
+                available = self._cache.pool.pages_available_count
+                return ReservationRefused(asked.request_id, asked.generation, wanted, available)
+            end_s = self._clock() + self._lease_s
+            counts = [0] * self._cache.layers_count
+            request = DecodeRequest(asked, gateway, pages, end_s, counts, list(asked.token_ids))
+            self._waiting[asked.request_id] = request
+        return PageReservation(asked.request_id, asked.generation, self._address)
+
+    def choose_buffers(
+        self, channel: Channel, latents: Latents, payload_bytes: int
+    ) -> list[memoryview] | None:
+        """Memory of the slots that a frame of latents is for, or None for one that does not fit its reservation."""
+        with self._lock:
+            request = self._waiting.get(latents.request_id)
+            if request is None or not self._fits(request, latents, payload_bytes):
+                self.refused_count += 1
+                return None
+            layer = self._cache.latents[latents.layer]
+            runs = page_runs(request.pages, latents.begin, latents.end)
+            views = [as_bytes(layer[run]) for run in runs]
+            request.receiving_count += 1
+            request.prefill = channel
+            self._receiving[channel] = (request, latents, views)
+            return views
+
+    def received(self, channel: Channel) -> DecodeRequest | None:
+        """Enter the frame that `channel` has just brought; the request itself if its bytes were damaged."""
+        request, latents, views = self._receiving[channel]
+        intact = checksum(views) == latents.checksum
+        with self._lock:
+            self._stop_receiving(channel)
+            if request.cancelled:
+                return None
+            if not intact:
+                self.refused_count += 1
+                self._forget(latents.request_id, latents.generation)
+                return request
+            request.latents_counts[latents.layer] = latents.end
+            request.lease_end_s = self._clock() + self._lease_s
+        return None
+
+    def first_token(self, first: FirstToken) -> DecodeRequest | None:
+        """Note a request's first token; the request if it is complete now."""
+        with self._lock:
+            request = self._waiting.get(first.request_id)
+            if request is None or request.asked.generation != first.generation or request.first_token_known:
+                self.refused_count += 1
+                return None
+            request.token_ids.append(first.token_id)
+            request.first_token_known = True
+            return request if request.is_complete else None
+
+    def take_complete(self) -> list[DecodeRequest]:
+        """Hand over the requests that can start, oldest first; their pages are the caller's to release."""
+        with self._lock:
+            complete = [request for request in self._waiting.values() if request.is_complete]
+            for request in complete:
+                del self._waiting[request.asked.request_id]
+        return complete
+
+    def cancel(self, request_id: str, generation: int) -> bool:
+        """Forget a request that waits here; whether there was one."""
+        with self._lock:
+            return self._forget(request_id, generation)
+
+    def cancel_of(self, gateway: Channel) -> None:
+        """Forget the requests of a gateway that has gone."""
+        with self._lock:
+            for request in [waiting for waiting in self._waiting.values() if waiting.gateway is gateway]:
+                self._forget(request.asked.request_id, request.asked.generation)
+
+    def channel_closed(self, channel: Channel) -> None:
+        """End the frame that a closed channel was in the middle of."""
+        with self._lock:
+            if channel in self._receiving:
+                self._stop_receiving(channel)
+
+    def extend(self, request_ids: Sequence[str]) -> None:
+        """Keep these requests' pages for another lease."""
+        with self._lock:
+            for request_id in request_ids:
+                if request_id in self._waiting:
+                    self._waiting[request_id].lease_end_s = self._clock() + self._lease_s
+
+    def sweep(self) -> list[DecodeRequest]:
+        """Free what nobody has extended in time, and return it."""
+        with self._lock:
+            now_s = self._clock()
+            ended = [request for request in self._waiting.values() if request.lease_end_s < now_s]
+            for request in ended:
+                self._forget(request.asked.request_id, request.asked.generation)
+        return ended
+
+    def release(self, request: DecodeRequest) -> None:
+        """Give back the pages of a request that was handed over."""
+        with self._lock:
+            self._cache.pool.release(request.pages)
+
+    def check(self) -> None:
+        """Raises PagesLost if the ledger does not balance."""
+        with self._lock:
+            self._cache.pool.check()
+
+    def _fits(self, request: DecodeRequest, latents: Latents, payload_bytes: int) -> bool:
+        tokens_count = latents.end - latents.begin
+        token_bytes = self._cache.latents.shape[-1] * self._cache.latents.element_size()
+        return (
+            latents.generation == request.asked.generation
+            and 0 <= latents.layer < self._cache.layers_count
+            and latents.begin == request.latents_counts[latents.layer]
+            and latents.begin < latents.end <= len(request.asked.token_ids)
+            and latents.dtype == NAMES[self._cache.latents.dtype]
+            and payload_bytes == tokens_count * token_bytes
+        )
+
+    def _forget(self, request_id: str, generation: int) -> bool:
+        request = self._waiting.get(request_id)
+        if request is None or request.asked.generation > generation:
+            return False
+        del self._waiting[request_id]
+        request.cancelled = True
+        if request.receiving_count == 0:
+            self._cache.pool.release(request.pages)
+        return True
+
+    def _stop_receiving(self, channel: Channel) -> None:
+        request, _, _ = self._receiving.pop(channel)
+        request.receiving_count -= 1
+        if request.cancelled and request.receiving_count == 0:
+            self._cache.pool.release(request.pages)

@@ -1,0 +1,83 @@
+"""A request as a decode node holds it, from its reservation to its end."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from decode.messages import ReservePages
+from kernels.model.latent_cache import slots_of
+from kernels.ops.sample import SampleRow
+from kernels.transport.channel import Channel
+
+
+@dataclass(eq=False, slots=True)
+class DecodeRequest:
+    """Its pages, its tokens so far, and where its next tokens go."""
+
+    asked: ReservePages
+    gateway: Channel
+    pages: list[int]
+    lease_end_s: float
+    latents_counts: list[int]
+    """Tokens whose latents are here, layer by layer."""
+    token_ids: list[int] = field(default_factory=list)
+    first_token_known: bool = False
+    receiving_count: int = 0
+    cancelled: bool = False
+    prefill: Channel | None = None
+    slots: "slice | torch.Tensor | None" = None
+    """Slots of all tokens it can ever have, from `begin` on."""
+    output_counts: torch.Tensor | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer's latents and the first token are here."""
+        prompt_count = len(self.asked.token_ids)
+        return self.first_token_known and all(count == prompt_count for count in self.latents_counts)
+
+    @property
+    def outputs_count(self) -> int:
+        """Tokens generated so far, on this node and before it."""
+        return len(self.token_ids) - self.asked.prompt_tokens_count
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token, whose latent the next step computes."""
+        return len(self.token_ids) - 1
+
+    def begin(self, vocab_size: int) -> None:
+        """Prepare for the first step: index the slots and count the outputs, where they are needed."""
+        self.slots = slots_of(self.pages, 0, self.asked.prompt_tokens_count + self.asked.sampling.tokens_max)
+        if self.asked.sampling.counts_outputs:
+            outputs = torch.tensor(self.token_ids[self.asked.prompt_tokens_count :], dtype=torch.int64)
+            self.output_counts = torch.bincount(outputs, minlength=vocab_size).to(torch.int32)
+
+    def context(self) -> "slice | torch.Tensor":
+        """Slots of all tokens up to the newest, in order."""
+        if isinstance(self.slots, slice):
+            return slice(self.slots.start, self.slots.start + self.position + 1)
+        return self.slots[: self.position + 1]
+
+    def next_slot(self) -> int:
+        """Slot that the newest token's latent goes to."""
+        if isinstance(self.slots, slice):
+            return self.slots.start + self.position
+        return int(self.slots[self.position])
+
+    def sample_row(self, eos_token_ids: tuple[int, ...]) -> SampleRow:
+        """How this request's next token is to be chosen."""
+        sampling = self.asked.sampling
+        prompt = None
+        if sampling.repetition_penalty != 1.0:
+            prompt = torch.tensor(self.asked.token_ids[: self.asked.prompt_tokens_count])
+        return SampleRow(
+            **sampling.row(len(self.token_ids), self.outputs_count, eos_token_ids),
+            prompt_token_ids=prompt,
+            output_token_counts=self.output_counts,
+        )
+
+    def append(self, token_id: int) -> None:
+        """Take the next token."""
+        self.token_ids.append(token_id)
+        if self.output_counts is not None:
+            self.output_counts[token_id] += 1

@@ -1,0 +1,18 @@
+"""What can go wrong between a node and the shards.
+
+ExpertsError
+├── DispatchRefused     a shard does not take a dispatch: another epoch, or experts it does not hold
+└── ExpertsUnavailable  no answer within the time allowed, retries included
+"""
+
+
+class ExpertsError(RuntimeError):
+    """Tokens could not be taken to experts and back."""
+
+
+class DispatchRefused(ExpertsError):
+    """A shard refused a dispatch, which can be sent again once the placement has settled."""
+
+
+class ExpertsUnavailable(ExpertsError):
+    """Shards did not answer in time: see whether they run, or raise experts.dispatch_timeout_s."""

@@ -1,0 +1,86 @@
+"""What nodes and shards say to each other, and the table that both go by.
+
+dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert]   parts: hidden, token of each slot
+combine   [call id]                                                           parts: outputs, slot after slot
+refused   [call id, reason]
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+DISPATCH, COMBINE, REFUSED = "dispatch", "combine", "refused"
+
+
+@dataclass(frozen=True)
+class ShardAddress:
+    """Where one shard listens."""
+
+    name: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which expert sits on which shard; a later table has a higher epoch.
+
+    `homes[layer - first_layer][expert]` is an index into `shards`.
+    """
+
+    epoch: int
+    first_layer: int
+    shards: tuple[ShardAddress, ...]
+    homes: tuple[tuple[int, ...], ...]
+
+    def experts_of(self, name: str) -> list[tuple[int, int]]:
+        """(layer, expert) pairs that the shard called `name` holds."""
+        mine = {index for index, shard in enumerate(self.shards) if shard.name == name}
+        layers = enumerate(self.homes, self.first_layer)
+        return [
+            (layer, expert) for layer, homes in layers for expert, home in enumerate(homes) if home in mine
+        ]
+
+
+@dataclass(frozen=True)
+class DispatchHeader:
+    """The header of one dispatch; slots are sorted by expert, `slot_counts[i]` of them for `expert_ids[i]`."""
+
+    call_id: int
+    epoch: int
+    layer: int
+    tokens_count: int
+    expert_ids: tuple[int, ...]
+    slot_counts: tuple[int, ...]
+
+    @property
+    def slots_count(self) -> int:
+        """Token and expert pairs in this dispatch."""
+        return sum(self.slot_counts)
+
+    def body(self) -> list[Any]:
+        """The header as it travels."""
+        return [self.call_id, self.epoch, self.layer, self.tokens_count, self.expert_ids, self.slot_counts]
+
+    @staticmethod
+    def from_body(body: Any) -> "DispatchHeader":
+        """Read a header that has travelled; raises ValueError for one that is not of this form."""
+        match body:
+            case [int(), int(), int(), int() as tokens, list() as experts, list() as counts] if tokens > 0:
+                whole = all(type(number) is int and number >= 0 for number in (*experts, *counts))
+                if whole and len(experts) == len(counts) and len(set(experts)) == len(experts):
+                    return DispatchHeader(*body[:4], tuple(experts), tuple(counts))
+        raise ValueError("the header of a dispatch is malformed")
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """Numbers that a shard returns about itself."""
+
+    name: str
+    address: str
+    epoch: int
+    experts_count: int
+    dispatches_count: int
+    slots_count: int
+    refused_count: int
+    load: tuple[tuple[int, ...], ...]
+    """Slots computed for each MoE layer and expert since the shard began."""

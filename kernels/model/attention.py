@@ -1,0 +1,101 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1): two forms over one set of weights.
+
+`expand` unfolds latents into the keys and values of every head, for a prompt; `absorb` folds the unfolding
+into queries and outputs instead and attends over the latents themselves, for one token a request.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.model.config import ModelConfig
+from kernels.model.layers import Weights, softmax_scale
+from kernels.ops.linear import linear, linear_by_head
+from kernels.ops.mla_decode import Slots, mla_decode
+from kernels.ops.mla_prefill import mla_prefill
+from kernels.ops.rms_norm import rms_norm
+from kernels.ops.rotary import rotate
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Cosines and sines `[tokens, qk_rope_head_dim / 2]` of the tokens of a step, the same in every layer."""
+
+    cosines: torch.Tensor
+    sines: torch.Tensor
+
+
+class LatentAttention:
+    """One layer's attention half, of which each token leaves only `latent_dim` numbers behind."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int):
+        self.config = config
+        self.scale = softmax_scale(config)
+        prefix = f"model.layers.{layer}.self_attn."
+        first_query = "q_proj" if config.q_lora_rank is None else "q_a_proj"
+        self._down = torch.cat(
+            [weights[f"{prefix}{name}.weight"] for name in (first_query, "kv_a_proj_with_mqa")]
+        )
+        self._down_bias = self._first_bias(weights, prefix, first_query)
+        if config.q_lora_rank is not None:
+            self._query_norm = weights[f"{prefix}q_a_layernorm.weight"]
+            self._query_up = weights[f"{prefix}q_b_proj.weight"].contiguous()
+        self._latent_norm = weights[f"{prefix}kv_a_layernorm.weight"]
+        self._latent_up = weights[f"{prefix}kv_b_proj.weight"].contiguous()
+        by_head = self._latent_up.view(config.heads_count, -1, config.kv_lora_rank)
+        self._key_up = by_head[:, : config.qk_nope_head_dim].contiguous()
+        self._value_up = by_head[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous()
+        self._out = weights[f"{prefix}o_proj.weight"].contiguous()
+        self._out_bias = weights.get(f"{prefix}o_proj.bias")
+
+    def _first_bias(self, weights: Weights, prefix: str, first_query: str) -> torch.Tensor | None:
+        latent_bias = weights.get(f"{prefix}kv_a_proj_with_mqa.bias")
+        if latent_bias is None:
+            return None
+        query_bias = weights.get(f"{prefix}{first_query}.bias")
+        if query_bias is None:
+            query_bias = latent_bias.new_zeros(self._down.shape[0] - latent_bias.shape[0])
+        return torch.cat([query_bias, latent_bias])
+
+    def compress(self, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[tokens, heads, nope + rope]` and latents `[tokens, latent_dim]` of `hidden [tokens, hidden]`."""
+        config = self.config
+        down = linear(hidden, self._down, self._down_bias)
+        query, latent = down[:, : -config.latent_dim], down[:, -config.latent_dim :]
+        if config.q_lora_rank is not None:
+            query = linear(rms_norm(query, self._query_norm, config.latent_norm_eps), self._query_up)
+        query = query.reshape(hidden.shape[0], config.heads_count, config.qk_head_dim)
+        content, position = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        queries = torch.cat([content, self._rotate(position, rotation)], dim=-1)
+        value, key = latent.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        value = rms_norm(value, self._latent_norm, config.latent_norm_eps)
+        return queries, torch.cat([value, self._rotate(key, rotation)], dim=-1)
+
+    def expand(self, queries: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Causal attention of one prompt's last chunk over `context [context, latent_dim]`, to `[chunk, hidden in]`.
+
+        The context ends with the chunk; the result goes into `project`.
+        """
+        config = self.config
+        value, key = context.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        unfolded = linear(value, self._latent_up).view(context.shape[0], config.heads_count, -1)
+        content, values = unfolded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        position = key.unsqueeze(1).expand(-1, config.heads_count, -1)
+        keys = torch.cat([content, position], dim=-1)
+        return mla_prefill(queries, keys, values, self.scale).flatten(1)
+
+    def absorb(self, queries: torch.Tensor, latents: torch.Tensor, contexts: Sequence[Slots]) -> torch.Tensor:
+        """Attention of one token of each request over one layer's `latents [slots, latent_dim]`."""
+        config = self.config
+        content, position = queries.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        folded = torch.cat([linear_by_head(content, self._key_up), position], dim=-1)
+        mixed = mla_decode(folded, latents, contexts, config.kv_lora_rank, self.scale)
+        return linear_by_head(mixed, self._value_up).flatten(1)
+
+    def project(self, attended: torch.Tensor) -> torch.Tensor:
+        """All heads' outputs `[tokens, heads * v]` back to `[tokens, hidden]`."""
+        return linear(attended, self._out, self._out_bias)
+
+    def _rotate(self, hidden: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        return rotate(hidden, rotation.cosines, rotation.sines, self.config.rope.interleaved)

@@ -1,0 +1,65 @@
+"""A layer's mixture of experts, which never learns where the experts live."""
+
+from typing import Protocol
+
+import torch
+
+from kernels.model.config import ModelConfig
+from kernels.model.layers import Weights, gated_weights
+from kernels.ops.expert_mlp import gated_mlp
+from kernels.ops.gate import gate_greedy, gate_noaux_tc
+from kernels.ops.linear import linear
+
+
+class PendingExperts(Protocol):
+    """Tokens on their way to experts and back."""
+
+    def combine(self) -> torch.Tensor:
+        """Wait for the experts and mix their outputs by weight, `[tokens, hidden]` float32."""
+
+
+class RoutedExperts(Protocol):
+    """The socket that experts plug into: in this process, or in shards of their own."""
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
+    ) -> PendingExperts:
+        """Send `hidden [tokens, hidden]` to `expert_ids [tokens, choices]`; does not wait for them."""
+
+
+def mix(outputs: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
+    """Sum of `outputs [tokens * choices, hidden]` by `expert_weights [tokens, choices]`, in float32, choices in order."""
+    by_choice = outputs.view(*expert_weights.shape, -1).float()
+    return (by_choice * expert_weights.unsqueeze(-1)).sum(dim=1)
+
+
+class MixtureOfExperts:
+    """The gate, the shared experts, and the socket for the routed ones."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, routed: RoutedExperts):
+        self.config = config
+        self.layer = layer
+        self.routed = routed
+        prefix = f"model.layers.{layer}.mlp."
+        self._gate = weights[f"{prefix}gate.weight"].float()
+        self._gate_bias = weights.get(f"{prefix}gate.e_score_correction_bias")
+        shared = config.shared_experts_count > 0
+        self._shared = gated_weights(weights, f"{prefix}shared_experts.") if shared else None
+
+    def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert weights float32 and ids int64, `[tokens, choices]`, of `hidden [tokens, hidden]`."""
+        logits = linear(hidden.float(), self._gate)
+        gate = self.config.gate
+        limits = (gate.experts_per_token, gate.groups_count, gate.groups_per_token)
+        if gate.method == "noaux_tc":
+            return gate_noaux_tc(logits, self._gate_bias, *limits, gate.normalised, gate.scaling)
+        return gate_greedy(logits, *limits, gate.scaling)
+
+    def dispatch(self, hidden: torch.Tensor) -> PendingExperts:
+        """Send each token to its experts; the shared ones can be computed meanwhile."""
+        weights, ids = self.choose(hidden)
+        return self.routed.dispatch(self.layer, hidden, ids, weights)
+
+    def shared(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Output of the shared experts, `[tokens, hidden]`, or None where the model has none."""
+        return None if self._shared is None else gated_mlp(hidden, self._shared)

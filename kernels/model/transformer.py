@@ -1,0 +1,109 @@
+"""The attention half of a model, its layers in order, with a socket for the routed experts."""
+
+from collections.abc import Callable, Generator, Sequence
+
+import torch
+
+from kernels.model.attention import LatentAttention, Rotation
+from kernels.model.checkpoint import Checkpoint, ProgressCallback, attention_half_names
+from kernels.model.config import ModelConfig
+from kernels.model.layers import Weights, gated_weights, rope_frequencies, rope_scale
+from kernels.model.moe import MixtureOfExperts, RoutedExperts
+from kernels.ops.expert_mlp import gated_mlp
+from kernels.ops.linear import linear
+from kernels.ops.rms_norm import rms_norm
+from kernels.ops.rotary import rotation
+
+Attend = Callable[[int, LatentAttention, torch.Tensor], torch.Tensor]
+"""(layer, attention, normed hidden [tokens, hidden]) to attention's output before projection."""
+
+Lane = Generator[None, None, torch.Tensor]
+"""A micro-batch on its way through the layers; it pauses whenever its tokens travel to experts."""
+
+
+class Layer:
+    """One layer's weights."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, routed: RoutedExperts):
+        prefix = f"model.layers.{layer}."
+        self.attention = LatentAttention(config, weights, layer)
+        self.before_attention = weights[f"{prefix}input_layernorm.weight"]
+        self.before_mlp = weights[f"{prefix}post_attention_layernorm.weight"]
+        moe = config.is_moe_layer(layer)
+        self.moe = MixtureOfExperts(config, weights, layer, routed) if moe else None
+        self.dense = None if moe else gated_weights(weights, f"{prefix}mlp.")
+
+
+class Transformer:
+    """Hidden states from tokens, and logits from hidden states; who attends to what is the caller's."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, routed: RoutedExperts):
+        self.config = config
+        self.layers = [Layer(config, weights, layer, routed) for layer in range(config.layers_count)]
+        self._embedding = weights["model.embed_tokens.weight"]
+        self._norm = weights["model.norm.weight"]
+        self._head = self._embedding if config.tied_head else weights["lm_head.weight"].contiguous()
+        self._frequencies = rope_frequencies(config.rope, config.qk_rope_head_dim)
+        self._rope_scale = rope_scale(config.rope)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        routed: RoutedExperts,
+        on_progress: ProgressCallback | None = None,
+    ) -> "Transformer":
+        """Load everything but the routed experts, computed in `dtype`; raises CheckpointError."""
+        names = attention_half_names(checkpoint.config)
+        return cls(checkpoint.config, checkpoint.load(names, dtype, on_progress), routed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that hidden states and latents are computed in."""
+        return self._embedding.dtype
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Hidden states `[tokens, hidden]` that enter the first layer."""
+        return self._embedding[torch.tensor(token_ids, dtype=torch.int64)]
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """How the tokens at `positions [tokens]` are turned, in every layer."""
+        return Rotation(*rotation(positions, self._frequencies, self._rope_scale))
+
+    def lane(self, hidden: torch.Tensor, attend: Attend) -> Lane:
+        """Carry `hidden [tokens, hidden]` through all layers, pausing while routed experts have its tokens."""
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(self.layers):
+            normed = rms_norm(hidden, layer.before_attention, eps)
+            hidden = hidden + layer.attention.project(attend(index, layer.attention, normed))
+            normed = rms_norm(hidden, layer.before_mlp, eps)
+            if layer.moe is None:
+                hidden = hidden + gated_mlp(normed, layer.dense)
+                continue
+            pending = layer.moe.dispatch(normed)
+            shared = layer.moe.shared(normed)
+            yield
+            mixed = pending.combine()
+            hidden = hidden + (mixed if shared is None else mixed + shared).to(hidden.dtype)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token, `[rows, vocab]` float32, from the last layer's `hidden [rows, hidden]`."""
+        return linear(rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head).float()
+
+
+def run_lanes(lanes: Sequence[Lane]) -> list[torch.Tensor]:
+    """Advance lanes in turn, so that one computes while another's tokens travel; results in order."""
+    results: list[torch.Tensor | None] = [None] * len(lanes)
+    waiting = list(enumerate(lanes))
+    while waiting:
+        still: list[tuple[int, Lane]] = []
+        for index, lane in waiting:
+            try:
+                next(lane)
+                still.append((index, lane))
+            except StopIteration as finished:
+                results[index] = finished.value
+        waiting = still
+    return results

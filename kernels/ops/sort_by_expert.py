@@ -1,0 +1,12 @@
+"""Slots (a token's choices of experts, one after the other) in the order of their experts."""
+
+import torch
+
+
+def sort_by_expert(expert_ids: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Stable order of the slots of `expert_ids [tokens, choices]`, the experts present, and each one's slot count."""
+    flat = expert_ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat).tolist()
+    present = [expert for expert, count in enumerate(counts) if count]
+    return order, present, [counts[expert] for expert in present]

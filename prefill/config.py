@@ -1,0 +1,16 @@
+"""What a prefill node must be told."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """One prefill node: where it listens, how much it holds, and how much it takes into one step."""
+
+    name: str
+    address: str
+    secret: str
+    latents_bytes: int
+    step_tokens_max: int = 512
+    requests_max: int = 64
+    micro_batches: int = 2

@@ -1,0 +1,282 @@
+"""One GPU, or one CPU process, that turns prompts into latents and a first token."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from decode.messages import UP as DECODE_UP
+from decode.messages import AskReport, CancelRequest, LatentsReceived, NodeReport, RequestFailed, TokenChunk, TokenLogprob
+from experts.errors import ExpertsError
+from kernels.model.latent_cache import LatentCache
+from kernels.model.pages import PagesExhausted
+from kernels.model.transformer import Transformer
+from kernels.ops.sample import SampleError, SampleRow, Samples, sample
+from kernels.transport.channel import Channel
+from kernels.transport.endpoint import Endpoint
+from kernels.transport.errors import ChannelError
+from kernels.transport.frame import Frame
+from prefill.batcher import PrefillBatcher
+from prefill.config import PrefillConfig
+from prefill.messages import DOWN, UP, FirstTokenChunk, HandedOver, PrefillPrompt
+from prefill.outbox import Outbox, Parcel
+from prefill.prefix import PrefixPages
+from prefill.request import Chunk, PrefillRequest
+from prefill.step import PrefillStep
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 0.5
+
+
+class PrefillNode:
+    """Prompts come in by its endpoint, latents leave by its outbox; `step` is all that computes."""
+
+    def __init__(self, config: PrefillConfig, transformer: Transformer, clock: Callable[[], float] = time.monotonic):
+        model = transformer.config
+        self.config = config
+        self.cache = LatentCache(model.layers_count, model.latent_dim, transformer.dtype, config.latents_bytes)
+        self.prefix = PrefixPages(self.cache.pool)
+        self.batcher = PrefillBatcher(config.step_tokens_max, config.requests_max)
+        self.failures: Counter[str] = Counter()
+        self.tokens_count = 0
+        self.steps_count = 0
+        self.transfer_s = 0.0
+        self.busy_s = 0.0
+        self.experts_epoch: Callable[[], int] = lambda: 0
+        self._model = model
+        self._step = PrefillStep(transformer, self.cache, config.micro_batches)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._arrived: list[PrefillRequest] = []
+        self._ended: list[tuple[str, int]] = []
+        self._gone: set[Channel] = set()
+        self._in_transfer: dict[tuple[str, int], PrefillRequest] = {}
+        self._work = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self.endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame, self._on_closed)
+        self.outbox = Outbox(self.endpoint, self._transfer_failed)
+
+    def start(self) -> None:
+        """Receive, compute and send in threads of their own until closed."""
+        self.endpoint.start()
+        self.outbox.start()
+        self._thread = threading.Thread(target=self._run, name=f"{self.config.name}-compute", daemon=True)
+        self._thread.start()
+
+    def step(self) -> int:
+        """Begin what there is room for, compute one step's chunks, and send what came out; how many chunks."""
+        self._take_events()
+        self._begin_waiting()
+        chunks = self.batcher.next_batch()
+        if not chunks:
+            return 0
+        begin_s = time.perf_counter()
+        try:
+            logits = self._step.run(chunks, self._send_latents)
+        except ExpertsError as error:
+            for chunk in chunks:
+                self._fail(chunk.request, "experts_unavailable", str(error), retryable=True)
+            return 0
+        self.tokens_count += sum(chunk.tokens_count for chunk in chunks)
+        self.steps_count += 1
+        self._finish(self.batcher.finish(chunks), logits)
+        self.busy_s += time.perf_counter() - begin_s
+        return len(chunks)
+
+    def report(self) -> NodeReport:
+        """Numbers about this node."""
+        pool = self.cache.pool
+        return NodeReport(
+            name=self.config.name,
+            kind="prefill",
+            address=self.endpoint.address,
+            requests_running_count=self.batcher.requests_running_count,
+            requests_waiting_count=self.batcher.requests_waiting_count + len(self._arrived),
+            tokens_waiting_count=self.batcher.tokens_waiting_count,
+            pages_total_count=pool.pages_count,
+            pages_free_count=pool.pages_free_count,
+            pages_cached_count=pool.pages_cached_count,
+            pages_leased_count=pool.pages_leased_count,
+            tokens_count=self.tokens_count,
+            steps_count=self.steps_count,
+            experts_epoch=self.experts_epoch(),
+            refused_frames_count=self.endpoint.counts.refused_peers_count,
+            failures=dict(self.failures),
+            transfer_s=self.transfer_s,
+            busy_s=self.busy_s,
+        )
+
+    def close(self) -> None:
+        """Stop all threads and free the address."""
+        self._stopping = True
+        self._work.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        self.outbox.close()
+        self.endpoint.close()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
+            try:
+                if self.step() == 0 and not self._work.wait(IDLE_S):
+                    self.cache.pool.check()
+            except Exception:
+                logger.exception("%s: a step failed", self.config.name)
+                for request in self.batcher.everyone():
+                    self._fail(request, "internal", "the prefill node failed", retryable=True)
+
+    # what comes in, on the endpoint's thread
+
+    def _on_frame(self, channel: Channel, frame: Frame) -> None:
+        if frame.kind == LatentsReceived.__name__:
+            self._handed_over(DECODE_UP.read_frame(frame))
+            return
+        match DOWN.read_frame(frame):
+            case PrefillPrompt() as asked:
+                with self._lock:
+                    self._arrived.append(PrefillRequest(asked, channel, self._clock()))
+            case CancelRequest(request_id, generation):
+                with self._lock:
+                    self._ended.append((request_id, generation))
+            case AskReport():
+                UP.send(channel, self.report())
+                return
+        self._work.set()
+
+    def _handed_over(self, received: LatentsReceived) -> None:
+        with self._lock:
+            request = self._in_transfer.pop((received.request_id, received.generation), None)
+        if request is not None:
+            transfer_s = max(self._clock() - request.computed_s, 0.0)
+            self.transfer_s += transfer_s
+            self._tell(request, HandedOver(received.request_id, received.generation, transfer_s))
+
+    def _on_closed(self, channel: Channel) -> None:
+        self.outbox.forget(channel)
+        with self._lock:
+            self._gone.add(channel)
+        self._work.set()
+
+    def _transfer_failed(self, request: PrefillRequest) -> None:
+        """The outbox cannot reach the decode node: tell the gateway once, and stop computing the prompt."""
+        key = (request.asked.request_id, request.asked.generation)
+        with self._lock:
+            self._in_transfer.pop(key, None)
+            told = key in self._ended
+            self._ended.append(key)
+        if not told:
+            self._tell_failed(request, "decode_unreachable", "latents could not be sent to the decode node", True)
+        self._work.set()
+
+    # what goes on, on the computing thread
+
+    def _take_events(self) -> None:
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+            ended, self._ended = dict(sorted(self._ended)), []
+            gone, self._gone = self._gone, set()
+            self._in_transfer = {
+                key: request for key, request in self._in_transfer.items() if ended.get(key[0], -1) < key[1]
+            }
+        for request in arrived:
+            if self.prefix.fits(len(request.asked.token_ids)):
+                self.batcher.add(request)
+            else:
+                self._tell_failed(request, "prompt_too_long", "the prompt does not fit this node's pages", False)
+        if ended or gone:
+            for request in self.batcher.everyone():
+                if request.gateway in gone or ended.get(request.asked.request_id, -1) >= request.asked.generation:
+                    self._drop(request)
+
+    def _begin_waiting(self) -> None:
+        while (request := self.batcher.next_waiting()) is not None:
+            try:
+                self.prefix.begin(request)
+            except PagesExhausted:
+                return  # pages come back when a prompt ends
+            request.begun_s = self._clock()
+            self.batcher.begin(request)
+            if request.cached_tokens_count:
+                self._send_cached(request)
+
+    def _send_cached(self, request: PrefillRequest) -> None:
+        count = request.cached_tokens_count
+        for layer in range(self._model.layers_count):
+            self.outbox.put(Parcel(request, layer, 0, count, self._step.cached_latents(request.pages, layer, count)))
+
+    def _send_latents(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
+        self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, latents))
+
+    def _finish(self, complete: Sequence[PrefillRequest], logits: torch.Tensor) -> None:
+        if not complete:
+            return
+        samples, failed = self._sample(complete, logits)
+        for row, request in enumerate(complete):
+            self.prefix.remember(request)
+            self.prefix.end(request)
+            request.computed_s = self._clock()
+            if row in failed:
+                self._tell_failed(request, "no_next_token", failed[row], retryable=False)
+            else:
+                self._hand_over(request, samples, row)
+
+    def _sample(self, requests: Sequence[PrefillRequest], logits: torch.Tensor) -> tuple[Samples, dict[int, str]]:
+        """First tokens, and why some requests have none; those are sampled from zeros and then failed."""
+        rows = [self._sample_row(request) for request in requests]
+        try:
+            return sample(logits, rows), {}
+        except SampleError as error:
+            logits = logits.clone()
+            logits[list(error.reasons)] = 0.0
+            return sample(logits, rows), error.reasons
+
+    def _sample_row(self, request: PrefillRequest) -> SampleRow:
+        asked, sampling = request.asked, request.asked.sampling
+        tokens = torch.tensor(asked.token_ids)
+        prompt, outputs = tokens[: asked.prompt_tokens_count], tokens[asked.prompt_tokens_count :]
+        counts = None
+        if sampling.counts_outputs:
+            counts = torch.bincount(outputs, minlength=self._model.vocab_size).to(torch.int32)
+        row = sampling.row(len(tokens), len(outputs), self._model.eos_token_ids)
+        return SampleRow(**row, prompt_token_ids=prompt, output_token_counts=counts)
+
+    def _hand_over(self, request: PrefillRequest, samples: Samples, row: int) -> None:
+        asked, token_id = request.asked, samples.token_ids[row]
+        index = len(asked.token_ids) - asked.prompt_tokens_count
+        reason = asked.sampling.finish_reason(token_id, index + 1, self._model.eos_token_ids)
+        found = samples.logprobs[row]
+        logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
+        chunk = TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
+        if reason is None:
+            with self._lock:
+                self._in_transfer[asked.request_id, asked.generation] = request
+            self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
+        queued_s = request.begun_s - request.arrived_s
+        prefill_s = request.computed_s - request.begun_s
+        self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
+
+    def _drop(self, request: PrefillRequest) -> None:
+        self.batcher.remove(request)
+        if request.pages:
+            self.prefix.end(request)
+
+    def _fail(self, request: PrefillRequest, reason: str, message: str, retryable: bool) -> None:
+        self._drop(request)
+        self._tell_failed(request, reason, message, retryable)
+
+    def _tell_failed(self, request: PrefillRequest, reason: str, message: str, retryable: bool) -> None:
+        self.failures[reason] += 1
+        asked = request.asked
+        self._tell(request, RequestFailed(asked.request_id, asked.generation, reason, message, retryable))
+
+    def _tell(self, request: PrefillRequest, message: FirstTokenChunk | HandedOver | RequestFailed) -> None:
+        try:
+            UP.send(request.gateway, message)
+        except ChannelError:
+            logger.info("%s: gateway %s has gone", self.config.name, request.gateway.peer)

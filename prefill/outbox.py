@@ -1,0 +1,102 @@
+"""Where latents leave prefill: frames go out in order while the next layer is computed.
+
+A thread of its own adds the checksum and hands each frame to the channel, which the endpoint's thread then
+empties; computing never waits for a decode node.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from decode.messages import DOWN as DECODE_DOWN
+from decode.messages import FirstToken, Latents, checksum
+from kernels.transport.endpoint import Endpoint
+from kernels.transport.errors import ChannelError
+from kernels.transport.stream import StreamChannel
+from kernels.transport.tensors import NAMES, as_bytes
+from prefill.request import PrefillRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """One layer's latents of tokens `begin..end`, or the first token, which comes last."""
+
+    request: PrefillRequest
+    layer: int
+    begin: int
+    end: int
+    latents: torch.Tensor | None
+    token_id: int = -1
+
+
+class Outbox:
+    """Sends parcels to the decode nodes that their requests have reservations on."""
+
+    def __init__(self, endpoint: Endpoint, on_failed: Callable[[PrefillRequest], None]):
+        self._endpoint = endpoint
+        self._on_failed = on_failed
+        self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
+        self._channels: dict[str, StreamChannel] = {}
+        self._thread: threading.Thread | None = None
+
+    def put(self, parcel: Parcel) -> None:
+        """Queue a parcel; its latents must not change any more."""
+        self._parcels.put(parcel)
+        if self._thread is None:
+            self.send_all()
+
+    def start(self) -> None:
+        """Send in a thread of its own until closed."""
+        self._thread = threading.Thread(target=self._run, name=f"{self._endpoint.name}-outbox", daemon=True)
+        self._thread.start()
+
+    def send_all(self) -> None:
+        """Send what is queued now, on the caller's thread."""
+        while not self._parcels.empty():
+            self._send(self._parcels.get())
+
+    def forget(self, channel: StreamChannel) -> None:
+        """Connect anew to a decode node whose channel has closed."""
+        for address in [address for address, known in self._channels.items() if known is channel]:
+            del self._channels[address]
+
+    def close(self) -> None:
+        """Stop after what is queued."""
+        self._parcels.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while (parcel := self._parcels.get()) is not None:
+            try:
+                self._send(parcel)
+            except Exception:
+                logger.exception("%s: latents could not be sent", self._endpoint.name)
+                self._on_failed(parcel.request)
+
+    def _send(self, parcel: Parcel) -> None:
+        asked = parcel.request.asked
+        try:
+            channel = self._channel(asked.decode_address)
+            if parcel.latents is None:
+                DECODE_DOWN.send(channel, FirstToken(asked.request_id, asked.generation, parcel.token_id))
+                return
+            data = as_bytes(parcel.latents)
+            dtype = NAMES[parcel.latents.dtype]
+            span = (parcel.layer, parcel.begin, parcel.end, dtype, checksum([data]))
+            DECODE_DOWN.send(channel, Latents(asked.request_id, asked.generation, *span), [data])
+        except ChannelError as error:
+            logger.warning("%s: latents of %s: %s", self._endpoint.name, asked.request_id, error)
+            self._on_failed(parcel.request)
+
+    def _channel(self, address: str) -> StreamChannel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = self._endpoint.connect(address)
+        return channel

@@ -1,0 +1,44 @@
+"""A prompt as a prefill node holds it, and the pieces of it that go into a step."""
+
+from dataclasses import dataclass, field
+
+from kernels.transport.channel import Channel
+from prefill.messages import PrefillPrompt
+
+
+@dataclass(eq=False, slots=True)
+class PrefillRequest:
+    """Its pages, how far it has come, and when each thing happened."""
+
+    asked: PrefillPrompt
+    gateway: Channel
+    arrived_s: float
+    pages: list[int] = field(default_factory=list)
+    cached_tokens_count: int = 0
+    tokens_done_count: int = 0
+    begun_s: float = 0.0
+    computed_s: float = 0.0
+
+    @property
+    def tokens_left_count(self) -> int:
+        """Tokens whose latents are still to be computed."""
+        return len(self.asked.token_ids) - self.tokens_done_count
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `begin..end` of one prompt; begin is at a page border."""
+
+    request: PrefillRequest
+    begin: int
+    end: int
+
+    @property
+    def tokens_count(self) -> int:
+        """Tokens in this chunk."""
+        return self.end - self.begin
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt ends with this chunk."""
+        return self.end == len(self.request.asked.token_ids)

@@ -1,0 +1,93 @@
+"""One forward pass of a prefill node: chunks of several prompts at once, their latents given away layer by layer."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+
+from kernels.model.attention import LatentAttention
+from kernels.model.latent_cache import LatentCache, slots_of
+from kernels.model.pages import PAGE_TOKENS
+from kernels.model.transformer import Lane, Transformer, run_lanes
+from prefill.request import Chunk
+
+LANE_TOKENS_MIN = 128  # fewer are not worth a second round of dispatches
+
+OnLatents = Callable[[Chunk, int, torch.Tensor], None]
+"""(chunk, layer, latents [chunk's tokens, latent_dim]), called as soon as they are known."""
+
+
+class PrefillStep:
+    """Carries chunks through the model in micro-batches that alternate between computing and travelling."""
+
+    def __init__(self, transformer: Transformer, cache: LatentCache, micro_batches: int):
+        self.transformer = transformer
+        self.cache = cache
+        self.micro_batches = micro_batches
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> torch.Tensor:
+        """Logits `[ending, vocab]` float32 of the first token of each prompt that ends with one of the chunks."""
+        parts = split_chunks(chunks, self.micro_batches)
+        hidden = torch.cat(run_lanes([self._lane(part, on_latents) for part in parts]))
+        pieces = [chunk for part in parts for chunk in part]
+        ends = accumulate(chunk.tokens_count for chunk in pieces)
+        row_of = {id(piece.request): end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.is_last}
+        rows = [row_of[id(chunk.request)] for chunk in chunks if chunk.is_last]
+        return self.transformer.logits(hidden[rows]) if rows else hidden.new_empty(0, 0)
+
+    @torch.inference_mode()
+    def cached_latents(self, pages: Sequence[int], layer: int, tokens_count: int) -> torch.Tensor:
+        """A copy of what the pages hold of one layer, `[tokens, latent_dim]`."""
+        return self.cache.read(layer, slots_of(pages, 0, tokens_count)).clone()
+
+    def _lane(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> Lane:
+        borders = [0, *accumulate(chunk.tokens_count for chunk in chunks)]
+        rows = [slice(begin, end) for begin, end in zip(borders, borders[1:], strict=False)]
+        rotation = self.transformer.rotation(torch.cat([torch.arange(chunk.begin, chunk.end) for chunk in chunks]))
+        places = [slots_of(chunk.request.pages, chunk.begin, chunk.end) for chunk in chunks]
+        slots = torch.cat([as_index(place) for place in places])
+        contexts = [slots_of(chunk.request.pages, 0, chunk.end) for chunk in chunks]
+
+        def attend(layer: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
+            queries, latents = attention.compress(normed, rotation)
+            self.cache.write(layer, slots, latents)
+            for chunk, some in zip(chunks, rows, strict=True):
+                on_latents(chunk, layer, latents[some])
+            mixed = [
+                attention.expand(queries[some], self.cache.read(layer, context))
+                for some, context in zip(rows, contexts, strict=True)
+            ]
+            return torch.cat(mixed)
+
+        token_ids = [token for chunk in chunks for token in chunk.request.asked.token_ids[chunk.begin : chunk.end]]
+        return self.transformer.lane(self.transformer.embed(token_ids), attend)
+
+
+def as_index(slots: "slice | torch.Tensor") -> torch.Tensor:
+    """Slots as an index int64."""
+    return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+
+
+def split_chunks(chunks: Sequence[Chunk], parts_count: int) -> list[list[Chunk]]:
+    """Chunks in up to two parts of near equal tokens, in order; one may be cut in two at a page border.
+
+    The later part of a cut prompt attends to the earlier one, which goes first through every layer.
+    """
+    tokens_count = sum(chunk.tokens_count for chunk in chunks)
+    half = -(-tokens_count // (2 * PAGE_TOKENS)) * PAGE_TOKENS
+    if parts_count < 2 or half < LANE_TOKENS_MIN or half >= tokens_count:
+        return [list(chunks)]
+    first: list[Chunk] = []
+    second: list[Chunk] = []
+    room = half
+    for chunk in chunks:
+        cut = min(chunk.tokens_count, room)
+        if cut < chunk.tokens_count:
+            cut -= cut % PAGE_TOKENS
+        if cut:
+            first.append(Chunk(chunk.request, chunk.begin, chunk.begin + cut))
+        if cut < chunk.tokens_count:
+            second.append(Chunk(chunk.request, chunk.begin + cut, chunk.end))
+        room -= cut
+    return [part for part in (first, second) if part]
