@@ -75,6 +75,8 @@ class Route:
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     first_token_s: float = 0.0
+    is_handed_over: bool = False
+    """Whether the decode node has all it needs, so that the prefill node may go."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -147,6 +149,7 @@ class Router:
         route.generation += 1
         route.prefill, route.decode = prefill.name, decode.name
         route.early = {}
+        route.is_handed_over = False
         decode.requests_count += 1
         decode.pages_available_count -= route.pages_wanted_count
         prefill.requests_count += 1
@@ -181,7 +184,9 @@ class Router:
                 yield from self._place()
             case TokenChunks(chunks):
                 for chunk in chunks:
-                    yield from self._tokens(chunk, now_s)
+                    if (route := self._current(chunk.request_id, chunk.generation)) is not None:
+                        route.is_handed_over = True
+                        yield from self._tokens(route, chunk, now_s, ended_itself=True)
             case FirstTokenChunk():
                 yield from self._first_token(message, now_s)
             case PageReservation():
@@ -190,6 +195,7 @@ class Router:
                 yield from self._refused(message)
             case HandedOver(request_id, generation, transfer_s):
                 if (route := self._current(request_id, generation)) is not None:
+                    route.is_handed_over = True
                     route.transfer_s += transfer_s
             case RequestFailed():
                 yield from self._failed(message)
@@ -245,12 +251,10 @@ class Router:
         if not route.outputs:
             route.cached_tokens_count = first.cached_tokens_count
         route.first_token_s = route.first_token_s or now_s
-        yield from self._tokens(first.chunk, now_s)
+        yield from self._tokens(route, first.chunk, now_s, ended_itself=False)
 
-    def _tokens(self, chunk: TokenChunk, now_s: float) -> Iterator[Command]:
-        route = self._current(chunk.request_id, chunk.generation)
-        if route is None:
-            return
+    def _tokens(self, route: Route, chunk: TokenChunk, now_s: float, ended_itself: bool) -> Iterator[Command]:
+        """Deliver what is next in order; `ended_itself` if the decode node frees the request when it finishes."""
         route.early[chunk.index] = chunk
         tokens: list[int] = []
         logprobs: list[TokenLogprob] = []
@@ -263,14 +267,9 @@ class Router:
         if tokens:
             yield DeliverTokens(chunk.request_id, tuple(tokens), tuple(logprobs))
         if finish_reason is not None:
-            yield from self._finish(route, finish_reason, now_s)
-
-    def _finish(self, route: Route, finish_reason: str, now_s: float) -> Iterator[Command]:
-        only_prefill = len(route.outputs) == 1 or route.phase is not Phase.DECODING
-        yield FinishRequest(
-            route.request.request_id, finish_reason, route.cached_tokens_count, self.phases(route, now_s)
-        )
-        yield from self._end(route.request.request_id, tell_nodes=only_prefill)
+            phases = self.phases(route, now_s)
+            yield FinishRequest(chunk.request_id, finish_reason, route.cached_tokens_count, phases)
+            yield from self._end(chunk.request_id, tell_nodes=not ended_itself)
 
     def phases(self, route: Route, now_s: float) -> Phases:
         """Where a request's seconds went until now; what neither computed nor travelled was queued."""
@@ -330,9 +329,8 @@ class Router:
         if node is None:
             return
         for route in list(self.routes.values()):
-            needs_prefill = route.phase in (Phase.RESERVING, Phase.PREFILLING) and route.prefill == name
-            needs_decode = route.phase is not Phase.WAITING and route.decode == name
-            if needs_prefill or needs_decode:
+            needs_prefill = route.prefill == name and not route.is_handed_over
+            if route.phase is not Phase.WAITING and (needs_prefill or route.decode == name):
                 yield from self._try_again(route, "node_lost", f"{node.kind} node {name} was lost")
 
     def _extend_leases(self, now_s: float) -> Iterator[Command]:

@@ -61,7 +61,7 @@ class DecodeNode:
         self.busy_s = 0.0
         self.experts_epoch: Callable[[], int] = lambda: 0
         self._model = model
-        self._step = DecodeStep(transformer, self.cache, config.micro_batches)
+        self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
         self._cancelled: set[tuple[str, int]] = set()
         self._gone: set[Channel] = set()
@@ -89,7 +89,7 @@ class DecodeNode:
             return 0
         begin_s = time.perf_counter()
         try:
-            samples, failed = self._sample(batch, self._step.run(batch))
+            samples, failed = self._sample(batch, self.decode_step.run(batch))
         except ExpertsError as error:
             self._fail(batch, "experts_unavailable", str(error), retryable=True)
             return 0

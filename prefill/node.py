@@ -48,7 +48,7 @@ class PrefillNode:
         self.busy_s = 0.0
         self.experts_epoch: Callable[[], int] = lambda: 0
         self._model = model
-        self._step = PrefillStep(transformer, self.cache, config.micro_batches)
+        self.prefill_step = PrefillStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
         self._lock = threading.Lock()
         self._arrived: list[PrefillRequest] = []
@@ -77,7 +77,7 @@ class PrefillNode:
             return 0
         begin_s = time.perf_counter()
         try:
-            logits = self._step.run(chunks, self._send_latents)
+            logits = self.prefill_step.run(chunks, self._send_latents)
         except ExpertsError as error:
             for chunk in chunks:
                 self._fail(chunk.request, "experts_unavailable", str(error), retryable=True)
@@ -208,7 +208,7 @@ class PrefillNode:
     def _send_cached(self, request: PrefillRequest) -> None:
         count = request.cached_tokens_count
         for layer in range(self._model.layers_count):
-            self.outbox.put(Parcel(request, layer, 0, count, self._step.cached_latents(request.pages, layer, count)))
+            self.outbox.put(Parcel(request, layer, 0, count, self.prefill_step.cached_latents(request.pages, layer, count)))
 
     def _send_latents(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
         self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, latents))

@@ -28,13 +28,18 @@ class PrefillStep:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> torch.Tensor:
         """Logits `[ending, vocab]` float32 of the first token of each prompt that ends with one of the chunks."""
-        parts = split_chunks(chunks, self.micro_batches)
-        hidden = torch.cat(run_lanes([self._lane(part, on_latents) for part in parts]))
-        pieces = [chunk for part in parts for chunk in part]
+        pieces, hidden = self.hidden(chunks, on_latents)
         ends = accumulate(chunk.tokens_count for chunk in pieces)
         row_of = {id(piece.request): end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.is_last}
         rows = [row_of[id(chunk.request)] for chunk in chunks if chunk.is_last]
         return self.transformer.logits(hidden[rows]) if rows else hidden.new_empty(0, 0)
+
+    @torch.inference_mode()
+    def hidden(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> tuple[list[Chunk], torch.Tensor]:
+        """The last layer's `[tokens, hidden]`, and the pieces of chunks in the order of its rows."""
+        parts = split_chunks(chunks, self.micro_batches)
+        hidden = torch.cat(run_lanes([self._lane(part, on_latents) for part in parts]))
+        return [chunk for part in parts for chunk in part], hidden
 
     @torch.inference_mode()
     def cached_latents(self, pages: Sequence[int], layer: int, tokens_count: int) -> torch.Tensor:
