@@ -109,6 +109,9 @@ class PrefillSection(Section):
     )
     step_tokens_max: int = Field(512, ge=1, le=1_000_000, description="tokens of all prompts in one step")
     requests_max: int = Field(32, ge=1, le=4096, description="prompts that a node works on at a time")
+    micro_batches: Literal[1, 2] = Field(
+        1, description="2: one half of a step computes while the other's tokens are with the experts"
+    )
 
 
 class DecodeSection(Section):

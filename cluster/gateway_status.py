@@ -46,7 +46,7 @@ def _details(error: TriviumError) -> list[Message]:
 
 
 def _error_info(error: TriviumError) -> error_details_pb2.ErrorInfo:
-    metadata = {"field": error.field, "limit": error.limit, "remedy": error.remedy}
+    metadata = {"message": error.message, "field": error.field, "limit": error.limit, "remedy": error.remedy}
     if isinstance(error, Internal):
         metadata["error_id"] = error.error_id
     told = {key: value for key, value in metadata.items() if value is not None}

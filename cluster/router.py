@@ -8,10 +8,9 @@ Events come in by `handle`, commands come out; time is an argument. A later atte
 generation, and whatever an earlier one still says is not heard.
 """
 
-from collections import OrderedDict
+import bisect
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
 
 from cluster.events import (
     Command,
@@ -30,7 +29,8 @@ from cluster.events import (
     SayToNode,
     TimePassed,
 )
-from cluster.node_choice import NodeView, choose_decode, choose_prefill
+from cluster.node_choice import NodeView, choose_awaited, choose_decode, choose_prefill, pages_largest_count
+from cluster.route import Phase, Route
 from decode.messages import (
     CancelRequest,
     ExtendLeases,
@@ -43,50 +43,11 @@ from decode.messages import (
     TokenChunks,
     TokenLogprob,
 )
-from kernels.model.pages import page_hashes, pages_for
+from kernels.model.pages import PAGE_TOKENS, page_hashes, pages_for
 from prefill.messages import FirstTokenChunk, HandedOver, PrefillPrompt
 
-
-class Phase(Enum):
-    """Where a request stands."""
-
-    WAITING = "waiting"
-    RESERVING = "reserving"
-    PREFILLING = "prefilling"
-    DECODING = "decoding"
-
-
-@dataclass
-class Route:
-    """A request under way: which attempt this is, on which nodes, and what has come of it."""
-
-    request: RoutedRequest
-    admitted_s: float
-    hashes: list[bytes]
-    phase: Phase = Phase.WAITING
-    generation: int = 0
-    attempts_count: int = 0
-    prefill: str = ""
-    decode: str = ""
-    outputs: list[int] = field(default_factory=list)
-    early: dict[int, TokenChunk] = field(default_factory=dict)
-    """Chunks of this attempt that overtook an earlier one."""
-    cached_tokens_count: int = 0
-    prefill_s: float = 0.0
-    transfer_s: float = 0.0
-    first_token_s: float = 0.0
-    is_handed_over: bool = False
-    """Whether the decode node has all it needs, so that the prefill node may go."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The prompt of the next attempt: the client's, and what was generated."""
-        return (*self.request.token_ids, *self.outputs)
-
-    @property
-    def pages_wanted_count(self) -> int:
-        """Pages for the prompt and all outputs."""
-        return pages_for(len(self.request.token_ids) + self.request.sampling.tokens_max)
+REST_S = 0.1  # before another attempt after a failure; twice as long after each further one
+LOOKED_PAST_MAX = 8  # requests without room before the router stops looking for one behind them with room
 
 
 class Router:
@@ -98,82 +59,139 @@ class Router:
         self.attempts_max = attempts_max
         self._lease_s = lease_s
         self._extended_s = float("-inf")
-        self._waiting: OrderedDict[str, None] = OrderedDict()
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[float, int, str]] = []  # turns, sorted
+        self._resting: dict[str, float] = {}  # request id: when it joins the waiting
+        self._may_place = False
 
     @property
     def requests_waiting_count(self) -> int:
         """Requests that no node has taken yet."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._resting)
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
-        """What to do about an event."""
-        return list(self._handle(event, now_s))
+        """What to do about an event; raises ValueError for a request that is under way already."""
+        commands = list(self._handle(event, now_s))
+        if self._may_place:
+            commands.extend(self._place())
+        return commands
 
     def _handle(self, event: Event, now_s: float) -> Iterator[Command]:
         match event:
             case RequestAdmitted(request):
-                self.routes[request.request_id] = Route(request, now_s, page_hashes(request.token_ids))
-                self._waiting[request.request_id] = None
-                yield from self._place()
+                self._admit(request, now_s)
             case RequestCancelled(request_id):
                 yield from self._end(request_id)
             case NodeJoined(name, kind, address):
+                yield from self._node_lost(name, now_s)  # a restart may be seen before the loss
                 self.nodes[name] = NodeView(name, kind, address)
             case NodeDrained(name):
                 if name in self.nodes:
                     self.nodes[name].is_draining = True
             case NodeLost(name):
-                yield from self._node_lost(name)
+                yield from self._node_lost(name, now_s)
             case NodeSaid(name, message):
                 yield from self._heard(name, message, now_s)
             case TimePassed():
-                yield from self._place()
+                self._wake_rested(now_s)
                 yield from self._extend_leases(now_s)
 
-    # placing
+    # waiting and placing
+
+    def _admit(self, request: RoutedRequest, now_s: float) -> None:
+        if request.request_id in self.routes:
+            raise ValueError(f"request {request.request_id} is under way already: ids must not be used twice")
+        route = Route(request, now_s, next(self._numbers), page_hashes(request.token_ids))
+        self.routes[request.request_id] = route
+        self._wait(route)
+
+    def _wait(self, route: Route) -> None:
+        route.phase = Phase.WAITING
+        bisect.insort(self._waiting, route.turn)
+        self._may_place = True
+
+    def _wait_no_more(self, route: Route) -> None:
+        if self._resting.pop(route.request.request_id, None) is None:
+            del self._waiting[bisect.bisect_left(self._waiting, route.turn)]
+        route.awaited = ""
+
+    def _wake_rested(self, now_s: float) -> None:
+        for request_id in [request_id for request_id, end_s in self._resting.items() if end_s <= now_s]:
+            del self._resting[request_id]
+            self._wait(self.routes[request_id])
 
     def _place(self) -> Iterator[Command]:
-        """Give waiting requests to nodes, higher priority first, then the older; stop at the first without room."""
-        by_priority = sorted(self._waiting, key=lambda request_id: -self.routes[request_id].request.priority)
-        for request_id in by_priority:
-            route = self.routes[request_id]
-            prefill = choose_prefill(self.nodes.values(), route.hashes)
-            decode = choose_decode(self.nodes.values(), route.pages_wanted_count)
-            if prefill is None or decode is None:
-                return
-            del self._waiting[request_id]
-            yield self._reserve(route, prefill, decode)
+        """Give waiting requests to nodes in their turn.
+
+        One without room keeps a node free of those behind it: smaller requests may pass a large one, on other
+        nodes, but cannot starve it.
+        """
+        self._may_place = False
+        open_nodes = [node for node in self.nodes.values() if node.kind == "decode" and node.is_ready]
+        passed_count = 0
+        while open_nodes and passed_count < min(len(self._waiting), LOOKED_PAST_MAX):
+            route = self.routes[self._waiting[passed_count][-1]]
+            decode = choose_decode(open_nodes, route.pages_wanted_count, route.avoids)
+            prefill = choose_prefill(self.nodes.values(), route.hashes, route.tokens_count, route.avoids)
+            if decode is not None and prefill is not None:
+                self._wait_no_more(route)
+                yield self._reserve(route, prefill, decode)
+            elif (misfit := self._misfit(route)) is not None:
+                yield FailRequest(route.request.request_id, "request_too_large", misfit)
+                yield from self._end(route.request.request_id)
+            else:
+                passed_count += 1
+                self._keep_free(route, open_nodes)
+
+    def _keep_free(self, route: Route, open_nodes: list[NodeView]) -> None:
+        awaited = choose_awaited(open_nodes, route.pages_wanted_count, route.awaited)
+        if awaited is not None:
+            route.awaited = awaited.name
+            open_nodes.remove(awaited)
+
+    def _misfit(self, route: Route) -> str | None:
+        """Why no node that is known can ever take a request, or None if one can or is not known yet."""
+        wanted_counts = {"decode": route.pages_wanted_count, "prefill": pages_for(route.tokens_count)}
+        for kind, wanted_count in wanted_counts.items():
+            largest_count = pages_largest_count(self.nodes.values(), kind)
+            if largest_count is not None and wanted_count > largest_count:
+                return (
+                    f"it needs {wanted_count} pages of {PAGE_TOKENS} tokens, and the largest {kind} node has "
+                    f"{largest_count}: shorten the prompt, lower max_tokens, or give nodes more memory"
+                )
+        return None
 
     def _reserve(self, route: Route, prefill: NodeView, decode: NodeView) -> Command:
         route.phase = Phase.RESERVING
         route.generation += 1
         route.prefill, route.decode = prefill.name, decode.name
+        route.tokens_sent_count = route.tokens_count
+        route.avoids = ()
         route.early = {}
         route.is_handed_over = False
         decode.requests_count += 1
         decode.pages_available_count -= route.pages_wanted_count
         prefill.requests_count += 1
-        prefill.tokens_sent_count += len(route.token_ids)
+        prefill.tokens_sent_count += route.tokens_sent_count
         prefill.remember_prefix(route.hashes)
-        request = route.request
+        asked = route.request
+        prompt = (route.token_ids, len(asked.token_ids))
         return SayToNode(
-            decode.name,
-            ReservePages(
-                request.request_id, route.generation, route.token_ids, len(request.token_ids), request.sampling
-            ),
+            decode.name, ReservePages(asked.request_id, route.generation, *prompt, asked.sampling)
         )
 
     def _leave_prefill(self, route: Route) -> None:
         node = self.nodes.get(route.prefill)
         if node is not None and route.phase in (Phase.RESERVING, Phase.PREFILLING):
             node.requests_count -= 1
-            node.tokens_sent_count -= len(route.token_ids)
+            node.tokens_sent_count -= route.tokens_sent_count
 
     def _leave_decode(self, route: Route) -> None:
         node = self.nodes.get(route.decode)
         if node is not None:
             node.requests_count -= 1
-            node.pages_available_count = (node.pages_available_count or 0) + route.pages_wanted_count
+            node.pages_available_count += route.pages_wanted_count
+            self._may_place = True
 
     # what nodes say
 
@@ -181,7 +199,6 @@ class Router:
         match message:
             case NodeReport():
                 self._take_report(name, message)
-                yield from self._place()
             case TokenChunks(chunks):
                 for chunk in chunks:
                     if (route := self._current(chunk.request_id, chunk.generation)) is not None:
@@ -192,13 +209,13 @@ class Router:
             case PageReservation():
                 yield from self._reserved(message)
             case ReservationRefused():
-                yield from self._refused(message)
+                self._refused(message)
             case HandedOver(request_id, generation, transfer_s):
                 if (route := self._current(request_id, generation)) is not None:
                     route.is_handed_over = True
                     route.transfer_s += transfer_s
             case RequestFailed():
-                yield from self._failed(message)
+                yield from self._failed(message, now_s)
 
     def _current(self, request_id: str, generation: int) -> Route | None:
         route = self.routes.get(request_id)
@@ -206,9 +223,13 @@ class Router:
 
     def _take_report(self, name: str, report: NodeReport) -> None:
         node = self.nodes.get(name)
-        if node is not None:
-            node.report = report
-            node.pages_available_count = report.pages_free_count + report.pages_cached_count
+        if node is None:
+            return
+        available_count = report.pages_free_count + report.pages_cached_count
+        if not node.is_known or available_count > node.pages_available_count:
+            self._may_place = True
+        node.report = report
+        node.pages_available_count = available_count
 
     def _reserved(self, reservation: PageReservation) -> Iterator[Command]:
         route = self._current(reservation.request_id, reservation.generation)
@@ -229,7 +250,7 @@ class Router:
             ),
         )
 
-    def _refused(self, refused: ReservationRefused) -> Iterator[Command]:
+    def _refused(self, refused: ReservationRefused) -> None:
         route = self._current(refused.request_id, refused.generation)
         if route is None or route.phase is not Phase.RESERVING:
             return
@@ -238,8 +259,7 @@ class Router:
         node = self.nodes.get(route.decode)
         if node is not None:
             node.pages_available_count = refused.pages_available_count
-        self._wait_again(route)
-        yield from self._place()
+        self._wait(route)
 
     def _first_token(self, first: FirstTokenChunk, now_s: float) -> Iterator[Command]:
         route = self._current(first.chunk.request_id, first.chunk.generation)
@@ -247,15 +267,16 @@ class Router:
             return
         self._leave_prefill(route)
         route.phase = Phase.DECODING
-        route.prefill_s += first.prefill_s
         if not route.outputs:
             route.cached_tokens_count = first.cached_tokens_count
-        route.first_token_s = route.first_token_s or now_s
+            route.prefill_s = first.prefill_s
+            route.first_token_s = now_s
         yield from self._tokens(route, first.chunk, now_s, ended_itself=False)
 
     def _tokens(self, route: Route, chunk: TokenChunk, now_s: float, ended_itself: bool) -> Iterator[Command]:
-        """Deliver what is next in order; `ended_itself` if the decode node frees the request when it finishes."""
-        route.early[chunk.index] = chunk
+        """Deliver what is next in order; `ended_itself` if the decode node frees a request that finishes."""
+        if chunk.index >= len(route.outputs):
+            route.early[chunk.index] = chunk
         tokens: list[int] = []
         logprobs: list[TokenLogprob] = []
         finish_reason = None
@@ -272,8 +293,11 @@ class Router:
             yield from self._end(chunk.request_id, tell_nodes=not ended_itself)
 
     def phases(self, route: Route, now_s: float) -> Phases:
-        """Where a request's seconds went until now; what neither computed nor travelled was queued."""
-        first_s = route.first_token_s or now_s
+        """Where a request's seconds went until now: queued, prefill and decode add up to the total.
+
+        Transfer overlaps decode, and so does all that a later attempt takes.
+        """
+        first_s = route.first_token_s if route.outputs else now_s
         queued_s = max(first_s - route.admitted_s - route.prefill_s, 0.0)
         return Phases(queued_s, route.prefill_s, route.transfer_s, now_s - first_s, now_s - route.admitted_s)
 
@@ -283,64 +307,71 @@ class Router:
         route = self.routes.pop(request_id, None)
         if route is None:
             return
-        self._waiting.pop(request_id, None)
-        if route.phase is not Phase.WAITING:
+        if route.phase is Phase.WAITING:
+            self._wait_no_more(route)
+            self._may_place = True  # the node that was kept free for it is open again
+        else:
             yield from self._withdraw(route, tell_nodes)
-        yield from self._place()
 
     def _withdraw(self, route: Route, tell_nodes: bool = True) -> Iterator[Command]:
         """Take a request off its nodes."""
         self._leave_prefill(route)
         self._leave_decode(route)
         cancel = CancelRequest(route.request.request_id, route.generation)
-        names = dict.fromkeys((route.prefill, route.decode)) if tell_nodes else ()
+        names = (route.prefill, route.decode) if tell_nodes else ()
         for name in names:
             if name in self.nodes:
                 yield SayToNode(name, cancel)
 
-    def _wait_again(self, route: Route) -> None:
-        route.phase = Phase.WAITING
-        self._waiting[route.request.request_id] = None
-        self._waiting.move_to_end(route.request.request_id, last=False)
-
-    def _failed(self, failed: RequestFailed) -> Iterator[Command]:
+    def _failed(self, failed: RequestFailed, now_s: float) -> Iterator[Command]:
         route = self._current(failed.request_id, failed.generation)
         if route is None or route.phase is Phase.WAITING:
             return
         if failed.retryable:
-            yield from self._try_again(route, failed.reason, failed.message)
+            route.avoids = (route.prefill, route.decode)
+            rest_s = REST_S * 2**route.attempts_count
+            yield from self._try_again(route, failed.reason, failed.message, now_s + rest_s)
         else:
             yield FailRequest(failed.request_id, failed.reason, failed.message)
             yield from self._end(failed.request_id)
 
-    def _try_again(self, route: Route, reason: str, message: str) -> Iterator[Command]:
+    def _try_again(self, route: Route, reason: str, message: str, begin_s: float) -> Iterator[Command]:
+        request_id = route.request.request_id
         route.attempts_count += 1
         if route.attempts_count >= self.attempts_max:
-            yield FailRequest(route.request.request_id, reason, message)
-            yield from self._end(route.request.request_id)
+            yield FailRequest(request_id, reason, message)
+            yield from self._end(request_id)
             return
         yield from self._withdraw(route)
         route.generation += 1  # so that nothing of this attempt is heard while the next one waits
-        self._wait_again(route)
-        yield from self._place()
+        route.phase = Phase.WAITING
+        self._resting[request_id] = begin_s
 
-    def _node_lost(self, name: str) -> Iterator[Command]:
+    def _node_lost(self, name: str, now_s: float) -> Iterator[Command]:
         node = self.nodes.pop(name, None)
         if node is None:
             return
+        self._may_place = True  # so that a request which no other node can take is not left waiting
         for route in list(self.routes.values()):
-            needs_prefill = route.prefill == name and not route.is_handed_over
-            if route.phase is not Phase.WAITING and (needs_prefill or route.decode == name):
-                yield from self._try_again(route, "node_lost", f"{node.kind} node {name} was lost")
+            is_hit = route.decode == name or (route.prefill == name and route.needs_prefill)
+            if is_hit and route.phase is not Phase.WAITING:
+                yield from self._try_again(route, "node_lost", f"{node.kind} node {name} was lost", now_s)
+        self._wake_rested(now_s)  # they need not rest: the nodes that are left have not failed them
 
     def _extend_leases(self, now_s: float) -> Iterator[Command]:
+        """Keep reservations while their prompts are computed, and have the nodes end those that nobody keeps.
+
+        Once the first token is out, arriving latents keep their reservation; if they stop, it shall end.
+        """
         if now_s - self._extended_s < self._lease_s / 3:
             return
         self._extended_s = now_s
         by_node: dict[str, list[str]] = {}
         for request_id, route in self.routes.items():
-            if route.phase is not Phase.WAITING:
-                by_node.setdefault(route.decode, []).append(request_id)
+            if route.phase is not Phase.WAITING and not route.is_handed_over:
+                wanted = by_node.setdefault(route.decode, [])
+                if route.phase is not Phase.DECODING:
+                    wanted.append(request_id)
         for name, request_ids in by_node.items():
             if name in self.nodes:
                 yield SayToNode(name, ExtendLeases(tuple(request_ids)))

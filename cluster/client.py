@@ -1,0 +1,152 @@
+"""A client of trivium.v1.Inference: requests as plain values in, events as plain values out."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from cluster import gateway_messages as wire
+from cluster.errors import NodeUnavailable, TriviumError
+from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.validation import RequestedGeneration
+
+FINISH_REASONS = {
+    trivium_pb2.FINISH_REASON_STOP: "stop",
+    trivium_pb2.FINISH_REASON_LENGTH: "length",
+    trivium_pb2.FINISH_REASON_STOP_STRING: "stop_string",
+}
+ERRORS = {error.grpc_status: error for error in TriviumError.__subclasses__() if error.__name__ != "Internal"}
+MESSAGE_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The request runs; `seed` is what its tokens are drawn with."""
+
+    request_id: str
+    prompt_tokens_count: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text and tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[wire.TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end, and where the time went."""
+
+    finish_reason: str
+    usage: wire.Usage
+    timing: wire.Timing
+
+
+class Client:
+    """One channel to the gateways at an address."""
+
+    def __init__(self, address: str, token: str | None = None):
+        options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.max_send_message_length", -1)]
+        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._stub = trivium_pb2_grpc.InferenceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def generate(
+        self, request: RequestedGeneration, timeout_s: float | None = None
+    ) -> AsyncIterator[Admitted | Delta | Finished]:
+        """Stream a generation; raises TriviumError. Leaving the loop early cancels the request."""
+        call = self._stub.Generate(wire.from_requested(request), timeout=timeout_s, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield read_response(response)
+        except grpc.aio.AioRpcError as error:
+            raise_typed(error)
+        finally:
+            call.cancel()
+
+    async def get_model(self, timeout_s: float = 10.0) -> trivium_pb2.GetModelResponse:
+        """Which model is served; raises TriviumError."""
+        return await self._call(self._stub.GetModel, trivium_pb2.GetModelRequest(), timeout_s)
+
+    async def get_cluster(self, timeout_s: float = 10.0) -> trivium_pb2.GetClusterResponse:
+        """Which nodes and shards there are; raises TriviumError."""
+        return await self._call(self._stub.GetCluster, trivium_pb2.GetClusterRequest(), timeout_s)
+
+    async def is_serving(self, timeout_s: float = 2.0) -> bool:
+        """Whether a request would be served now, by the standard health call."""
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def _call(self, method: Any, message: Any, timeout_s: float) -> Any:
+        try:
+            return await method(message, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise_typed(error)
+
+
+def read_response(response: trivium_pb2.GenerateResponse) -> Admitted | Delta | Finished:
+    """One event of a stream as a plain value."""
+    if response.HasField("admitted"):
+        event = response.admitted
+        return Admitted(event.request_id, event.prompt_tokens_count, event.seed)
+    if response.HasField("delta"):
+        event = response.delta
+        return Delta(event.text, tuple(event.token_ids), tuple(map(wire.to_logprob, event.logprobs)))
+    event = response.finished
+    return Finished(
+        FINISH_REASONS.get(event.finish_reason, ""), wire.to_usage(event.usage), wire.to_timing(event.timing)
+    )
+
+
+def raise_typed(error: grpc.aio.AioRpcError) -> NoReturn:
+    """Raise the TriviumError that the server meant, with its field, limit and remedy."""
+    info, retry_after_s = read_details(error)
+    if error.code() is grpc.StatusCode.UNAVAILABLE and info is None:
+        raise NodeUnavailable(
+            reason="NO_SERVER",
+            message="nobody answers at this address",
+            field="address",
+            remedy="Start a cluster with `trivium serve`, or name another --address.",
+        ) from error
+    made = ERRORS.get(error.code().name, TriviumError)
+    fields = dict(info.metadata) if info is not None else {}
+    raise made(
+        reason=info.reason if info is not None else error.code().name,
+        message=fields.get("message") or error.details() or "the call failed",
+        field=fields.get("field"),
+        limit=fields.get("limit"),
+        remedy=fields.get("remedy"),
+        retry_after_s=retry_after_s,
+    ) from error
+
+
+def read_details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
+    """The ErrorInfo and the retry time in seconds that a status carries, where it does."""
+    status = rpc_status.from_call(error)
+    info = retry = None
+    for detail in status.details if status is not None else ():
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+    return info, None if retry is None else retry.retry_delay.ToTimedelta().total_seconds()

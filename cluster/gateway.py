@@ -1,0 +1,173 @@
+"""The way in: a gRPC server of our own inside a Serve replica."""
+
+import asyncio
+import hmac
+import logging
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.desk import Desk
+from cluster.errors import InvalidConfig, Unauthenticated
+from cluster.gateway_service import InferenceService, ServedModel
+from cluster.gateway_status import ErrorInterceptor, abort
+from cluster.heartbeat import Heartbeat, host_and_pid, member_name
+from cluster.membership import DRAINING, READY, Member, View
+from cluster.place import Place, context_tokens_max
+from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.tokenizer import Tokenizer
+from cluster.validation import RequestLimits
+from kernels.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+SERVICE = trivium_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+MESSAGE_BYTES_PER_TOKEN = 16
+MESSAGE_BYTES_MIN = 1 << 20
+READ_BYTES_MAX = 128 << 20  # read whole and refused with a typed error; beyond it gRPC itself refuses
+DRAIN_S = 600.0
+GRACE_S = 5.0
+
+
+class GatewayActor:
+    """One gateway; several share a port."""
+
+    kind = "gateway"
+
+    async def __init__(self, place: Place, coordinator: Any, *pools: Any):
+        """`pools` are handles that this gateway does not call: with them Serve knows the pools as one application."""
+        self.name = member_name(self.kind)
+        self.state = READY
+        section = place.config.gateway
+        model = served_model(place)
+        self.desk = Desk(self.name, place.secret, place.config.transport.lease_s, section.requests_waiting_max)
+        self.service = InferenceService(model, self.desk, section.stall_timeout_s)
+        self.health = health.aio.HealthServicer()
+        limit = section.message_bytes_max or max(
+            MESSAGE_BYTES_MIN, MESSAGE_BYTES_PER_TOKEN * model.limits.context_tokens_max
+        )
+        self.server = make_server(limit, read_token(place))
+        trivium_pb2_grpc.add_InferenceServicer_to_server(self.service, self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+        self.port = bind(self.server, section.host, section.port)
+        self.address = f"{section.host}:{self.port}"
+        await self._set_health(False)
+        await self.server.start()
+        self.desk.start()
+        self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
+        self.heartbeat.start()
+
+    def describe(self) -> Member:
+        """This gateway, for the coordinator."""
+        count = self.desk.requests_count
+        return Member(self.name, self.kind, self.address, self.state, requests_count=count, **host_and_pid())
+
+    async def on_view(self, view: View) -> None:
+        """Know the newest nodes, and say by health whether a request could be served."""
+        self.service.view = view
+        await self.desk.follow(view)
+        await self._set_health(view.is_ready and self.state == READY)
+
+    async def check_health(self) -> None:
+        """Serve asks from time to time; an answer is enough."""
+
+    async def __del__(self) -> None:
+        """Take no new calls, finish those that run, then go."""
+        self.state = DRAINING
+        await self._set_health(False)
+        await self.heartbeat.beat()
+        end_s = asyncio.get_running_loop().time() + DRAIN_S
+        while self.desk.requests_count and asyncio.get_running_loop().time() < end_s:
+            await asyncio.sleep(0.1)
+        await self.heartbeat.stop()
+        await self.server.stop(GRACE_S)
+        self.desk.close()
+
+    async def _set_health(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self.health.set(service, status)
+
+
+def served_model(place: Place) -> ServedModel:
+    """The model's face; without tokenizer.json it takes and gives token ids only."""
+    folder = place.config.model.folder
+    config = ModelConfig.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    limits = RequestLimits(
+        config.vocab_size, context_tokens_max(config, place.config), place.config.gateway.tokens_max_default
+    )
+    return ServedModel(place.config.model.served_name, config, tokenizer, limits)
+
+
+def make_server(message_bytes_max: int, token: str | None) -> grpc.aio.Server:
+    """A server whose every error is typed and whose limits are ours."""
+    interceptors = [ErrorInterceptor(message_bytes_max)]
+    if token is not None:
+        interceptors.insert(0, TokenInterceptor(token))
+    return grpc.aio.server(
+        interceptors=interceptors,
+        options=[
+            ("grpc.so_reuseport", 1),
+            ("grpc.max_receive_message_length", max(READ_BYTES_MAX, 2 * message_bytes_max)),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ],
+    )
+
+
+def bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """The port that the server listens on; raises InvalidConfig if it is taken."""
+    try:
+        return server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise InvalidConfig(
+            reason="PORT_TAKEN",
+            message=f"{host}:{port} cannot be listened on",
+            field="gateway.port",
+            remedy="Name a free port, or 0 for any.",
+        ) from error
+
+
+def read_token(place: Place) -> str | None:
+    """The bearer token that clients must send, or None."""
+    path = place.config.gateway.token_file
+    return None if path is None else path.read_text().strip()
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without the bearer token before anything of them is read; health needs none."""
+
+    def __init__(self, token: str):
+        self._expected = f"Bearer {token}"
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """The handler, or one that refuses."""
+        handler = await continuation(details)
+        sent = dict(details.invocation_metadata).get("authorization", "")
+        open_to_all = details.method.startswith(f"/{health.SERVICE_NAME}/")
+        if handler is None or open_to_all or hmac.compare_digest(str(sent).encode(), self._expected.encode()):
+            return handler
+        return refusing(handler, details.method)
+
+
+def refusing(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+    """A handler of the same shape that answers Unauthenticated."""
+    error = Unauthenticated(
+        reason="NO_TOKEN",
+        message="the call carries no valid token",
+        field="authorization",
+        remedy="Send the metadata `authorization: Bearer TOKEN`.",
+    )
+
+    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+        await abort(context, error, method)
+
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)

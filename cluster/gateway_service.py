@@ -1,0 +1,216 @@
+"""The three calls of trivium.v1.Inference."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from cluster import gateway_messages as wire
+from cluster.desk import Desk, Output
+from cluster.errors import Cancelled
+from cluster.events import DeliverTokens, FinishRequest, RoutedRequest
+from cluster.membership import DRAINING, Member, View
+from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.text_stream import TextDelta, TextStream
+from cluster.tokenizer import Tokenizer
+from cluster.validation import RequestLimits, ValidRequest, validate
+from decode.messages import LENGTH, NodeReport, TokenLogprob
+from kernels.model.config import ModelConfig
+
+KINDS = {
+    "gateway": trivium_pb2.NODE_KIND_GATEWAY,
+    "prefill": trivium_pb2.NODE_KIND_PREFILL,
+    "decode": trivium_pb2.NODE_KIND_DECODE,
+}
+COUNTS = (
+    "requests_running_count",
+    "requests_waiting_count",
+    "pages_total_count",
+    "pages_free_count",
+    "pages_cached_count",
+    "pages_leased_count",
+)
+STOP_STRING = "stop_string"
+VALIDATED_INLINE_BYTES = 4096  # longer requests are tokenised in a thread
+
+Responses = AsyncIterator[trivium_pb2.GenerateResponse]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model as clients see it."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    limits: RequestLimits
+
+
+class InferenceService(trivium_pb2_grpc.InferenceServicer):
+    """Turns calls into requests at the desk, and what they bring into responses."""
+
+    def __init__(self, model: ServedModel, desk: Desk, stall_timeout_s: float):
+        self.view = View()
+        self._model = model
+        self._desk = desk
+        self._stall_timeout_s = stall_timeout_s
+
+    async def Generate(self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        """Validate, admit, stream; a call that ends early ends its request."""
+        valid = await self._validated(request)
+        request_id = self._desk.new_request_id()
+        self._desk.admit(RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority))
+        try:
+            await self._write(context, wire.admitted(request_id, len(valid.token_ids), valid.sampling.seed))
+            async for response in self._responses(request_id, valid):
+                await self._write(context, response)
+        finally:
+            self._desk.leave(request_id)
+
+    async def GetModel(  # noqa: N802
+        self, request: trivium_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> trivium_pb2.GetModelResponse:
+        """Which model is served."""
+        model, config = self._model, self._model.config
+        return trivium_pb2.GetModelResponse(
+            name=model.name,
+            family=config.family,
+            vocab_size=config.vocab_size,
+            context_tokens_max=model.limits.context_tokens_max,
+            layers_count=config.layers_count,
+            experts_count=config.routed_experts_count,
+            experts_per_token_count=config.gate.experts_per_token if config.gate else 0,
+            shared_experts_count=config.shared_experts_count,
+            eos_token_ids=config.eos_token_ids,
+            has_tokenizer=model.tokenizer is not None,
+            has_chat_template=model.tokenizer is not None and model.tokenizer.has_chat_template,
+        )
+
+    async def GetCluster(  # noqa: N802
+        self, request: trivium_pb2.GetClusterRequest, context: grpc.aio.ServicerContext
+    ) -> trivium_pb2.GetClusterResponse:
+        """Which nodes and shards there are, and how busy each is."""
+        placement = self.view.placement_in_force
+        return trivium_pb2.GetClusterResponse(
+            nodes=[self._node(member) for member in self.view.members if member.kind in KINDS],
+            shards=[_shard(member) for member in self.view.of_kind("experts") if member.report],
+            placement_epoch=placement.epoch if placement else 0,
+        )
+
+    async def _validated(self, request: trivium_pb2.GenerateRequest) -> ValidRequest:
+        requested = wire.to_requested(request)
+        arguments = (requested, self._model.limits, secrets.randbits(64), self._model.tokenizer)
+        if request.ByteSize() < VALIDATED_INLINE_BYTES:
+            return validate(*arguments)
+        return await asyncio.to_thread(validate, *arguments)
+
+    async def _write(self, context: grpc.aio.ServicerContext, response: trivium_pb2.GenerateResponse) -> None:
+        try:
+            await asyncio.wait_for(context.write(response), self._stall_timeout_s)
+        except TimeoutError:
+            raise Cancelled(
+                reason="STREAM_STALLED",
+                message="the stream was not read",
+                field="gateway.stall_timeout_s",
+                limit=f"{self._stall_timeout_s} s",
+                remedy="Read the stream as it comes.",
+            ) from None
+
+    async def _responses(self, request_id: str, valid: ValidRequest) -> Responses:
+        text = TextStream(self._model.tokenizer, valid.token_ids, valid.stop_strings, valid.sampling.tokens_min)
+        sent_count, last_id = 0, 0
+        async for outputs in self._desk.outputs(request_id):
+            delta = Delta()
+            finish = delta.take(outputs, text, self._model.tokenizer)
+            sent_count += len(delta.token_ids)
+            last_id = delta.token_ids[-1] if delta.token_ids else last_id
+            if delta.token_ids or delta.text:
+                yield wire.delta(delta.text, delta.token_ids, delta.logprobs)
+            if delta.matched is not None:
+                finish = self._desk.finish_now(request_id, STOP_STRING)
+            if finish is not None:
+                usage = wire.Usage(len(valid.token_ids), finish.cached_tokens_count, sent_count)
+                yield _finished(finish, delta.matched, last_id, usage)
+                return
+
+    def _node(self, member: Member) -> trivium_pb2.Node:
+        known = self._desk.router.nodes.get(member.name)
+        report = known.report if known is not None and known.report else member.report
+        node = trivium_pb2.Node(name=member.name, kind=KINDS[member.kind], state=_state(member))
+        if isinstance(report, NodeReport):
+            for count in COUNTS:
+                setattr(node, count, getattr(report, count))
+            node.tokens_per_s = self._desk.tokens_per_s.get(member.name, 0.0)
+        else:
+            node.requests_running_count = member.requests_count
+        return node
+
+
+class Delta:
+    """What goes into one response: all that came since the last."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[wire.TokenLogprob] = []
+        self.matched: str | None = None
+
+    def take(self, outputs: list[Output], text: TextStream, tokenizer: Tokenizer | None) -> FinishRequest | None:
+        """Take outputs up to a stop string; the finish if the request has ended by itself."""
+        for output in outputs:
+            if isinstance(output, FinishRequest):
+                self._add_text(text.flush())
+                return output
+            self._take_tokens(output, text, tokenizer)
+            if self.matched is not None:
+                return None
+        return None
+
+    def _take_tokens(self, output: DeliverTokens, text: TextStream, tokenizer: Tokenizer | None) -> None:
+        for index, token_id in enumerate(output.token_ids):
+            self.token_ids.append(token_id)
+            if output.logprobs:
+                self.logprobs.append(_logprob(token_id, output.logprobs[index], tokenizer))
+            self._add_text(text.add(token_id))
+            if self.matched is not None:
+                return
+
+    def _add_text(self, delta: TextDelta) -> None:
+        self.text += delta.text
+        self.matched = delta.matched
+
+
+def _finished(
+    finish: FinishRequest, matched: str | None, last_id: int, usage: wire.Usage
+) -> trivium_pb2.GenerateResponse:
+    timing = wire.Timing(**vars(finish.phases))
+    if matched is not None:
+        return wire.finished_by_string(matched, usage, timing)
+    if finish.finish_reason == LENGTH:
+        return wire.finished_by_length(usage, timing)
+    return wire.finished_by_token(last_id, usage, timing)
+
+
+def _logprob(token_id: int, found: TokenLogprob, tokenizer: Tokenizer | None) -> wire.TokenLogprob:
+    def text_of(token: int) -> str:
+        return "" if tokenizer is None else tokenizer.decode([token])
+
+    top = tuple(wire.TopLogprob(token, text_of(token), logprob) for token, logprob in found.top)
+    return wire.TokenLogprob(token_id, text_of(token_id), found.chosen, top)
+
+
+def _state(member: Member) -> int:
+    return trivium_pb2.STATE_DRAINING if member.state == DRAINING else trivium_pb2.STATE_READY
+
+
+def _shard(member: Member) -> trivium_pb2.Shard:
+    report = member.report
+    return trivium_pb2.Shard(
+        name=member.name,
+        state=_state(member),
+        experts_count=report.experts_count,
+        dispatches_count=report.dispatches_count,
+        tokens_count=report.slots_count,
+    )

@@ -1,0 +1,114 @@
+"""The gateway's channels to its nodes, in its event loop: messages down, events up."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from cluster.events import Event, NodeDrained, NodeJoined, NodeLost, NodeSaid
+from cluster.membership import DRAINING, READY, Member, View
+from cluster.node_messages import read_from_node, send_to_node
+from decode.messages import AskReport
+from kernels.transport.connect import connect
+from kernels.transport.errors import ChannelClosed, ChannelError
+from kernels.transport.stream import StreamChannel
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+NODE_KINDS = ("prefill", "decode")
+
+
+class NodeLinks:
+    """One channel to each prefill and decode node of the newest view; all methods belong to one event loop."""
+
+    def __init__(self, name: str, secret: str, on_event: Callable[[Event], None]):
+        self._name = name
+        self._secret = secret
+        self._on_event = on_event
+        self._channels: dict[str, StreamChannel] = {}
+        self._kinds: dict[str, str] = {}
+        self._writing: set[str] = set()
+
+    async def follow(self, view: View) -> None:
+        """Connect to nodes that are new, and note those that drain."""
+        for member in (*view.of_kind("prefill"), *view.of_kind("decode")):
+            if member.name in self._channels:
+                if member.state == DRAINING:
+                    self._on_event(NodeDrained(member.name))
+            elif member.state == READY:
+                await self._join(member)
+
+    def send(self, name: str, message: Any) -> None:
+        """Send a message to a node; one that cannot be reached is lost, and its loss an event."""
+        channel = self._channels.get(name)
+        if channel is None:
+            return
+        try:
+            send_to_node(channel, message)
+        except ChannelError as error:
+            asyncio.get_running_loop().call_soon(self._lose, name, channel, error)
+            return
+        self._watch_pending(name, channel)
+
+    def ask_reports(self) -> None:
+        """Ask every node for its numbers; they come as events."""
+        for name in list(self._channels):
+            self.send(name, AskReport())
+
+    def close(self) -> None:
+        """Close all channels."""
+        for name, channel in list(self._channels.items()):
+            self._forget(name, channel)
+
+    async def _join(self, member: Member) -> None:
+        try:
+            channel = await asyncio.to_thread(connect, member.address, self._secret, self._name, CONNECT_TIMEOUT_S)
+        except ChannelError as error:
+            logger.info("%s cannot be reached yet: %s", member.name, error)
+            return
+        channel.peer = member.name
+        self._channels[member.name] = channel
+        self._kinds[member.name] = member.kind
+        asyncio.get_running_loop().add_reader(channel.fileno(), self._readable, member.name, channel)
+        self._on_event(NodeJoined(member.name, member.kind, member.address))
+        self.send(member.name, AskReport())
+
+    def _readable(self, name: str, channel: StreamChannel) -> None:
+        try:
+            while (frame := channel.receive_ready()) is not None:
+                self._on_event(NodeSaid(name, read_from_node(self._kinds[name], frame)))
+        except ChannelError as error:
+            self._lose(name, channel, error)
+
+    def _watch_pending(self, name: str, channel: StreamChannel) -> None:
+        if channel.has_pending and name not in self._writing:
+            self._writing.add(name)
+            asyncio.get_running_loop().add_writer(channel.fileno(), self._writable, name, channel)
+
+    def _writable(self, name: str, channel: StreamChannel) -> None:
+        try:
+            done = channel.push()
+        except ChannelError as error:
+            self._lose(name, channel, error)
+            return
+        if done:
+            self._writing.discard(name)
+            asyncio.get_running_loop().remove_writer(channel.fileno())
+
+    def _lose(self, name: str, channel: StreamChannel, error: ChannelError) -> None:
+        if self._channels.get(name) is not channel:
+            return
+        if not isinstance(error, ChannelClosed):
+            logger.warning("lost %s: %s: %s", name, type(error).__name__, error)
+        self._forget(name, channel)
+        self._on_event(NodeLost(name))
+
+    def _forget(self, name: str, channel: StreamChannel) -> None:
+        del self._channels[name], self._kinds[name]
+        self._writing.discard(name)
+        loop = asyncio.get_running_loop()
+        if channel.fileno() >= 0:
+            loop.remove_reader(channel.fileno())
+            loop.remove_writer(channel.fileno())
+        channel.close()

@@ -1,0 +1,76 @@
+"""A request as the router holds it, from its admission to its end."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cluster.events import RoutedRequest
+from decode.messages import TokenChunk
+from kernels.model.pages import pages_for
+
+PRIORITY_S = 10.0  # seconds of waiting that one step of priority is worth, so that nobody waits for ever
+
+
+class Phase(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RESERVING = "reserving"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+@dataclass
+class Route:
+    """A request under way: which attempt this is, on which nodes, and what has come of it."""
+
+    request: RoutedRequest
+    admitted_s: float
+    number: int
+    """Of two admitted in the same moment the one with the lower number is older."""
+    hashes: list[bytes]
+    phase: Phase = Phase.WAITING
+    generation: int = 0
+    attempts_count: int = 0
+    prefill: str = ""
+    decode: str = ""
+    tokens_sent_count: int = 0
+    """Length of this attempt's prompt, as counted on its prefill node."""
+    avoids: tuple[str, ...] = ()
+    """Nodes on which the last attempt failed: taken only if there are no others."""
+    awaited: str = ""
+    """Decode node that is kept free for this request while it waits."""
+    outputs: list[int] = field(default_factory=list)
+    early: dict[int, TokenChunk] = field(default_factory=dict)
+    """Chunks of this attempt that overtook an earlier one."""
+    cached_tokens_count: int = 0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    first_token_s: float = 0.0
+    is_handed_over: bool = False
+    """Whether the decode node has all the latents."""
+
+    @property
+    def turn(self) -> tuple[float, int, str]:
+        """Place in the queue: the older first, priority counted as age; ends in the request's id."""
+        request = self.request
+        return self.admitted_s - request.priority * PRIORITY_S, self.number, request.request_id
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The prompt of the next attempt: the client's, and what was generated."""
+        return (*self.request.token_ids, *self.outputs)
+
+    @property
+    def tokens_count(self) -> int:
+        """Length of the prompt of the next attempt."""
+        return len(self.request.token_ids) + len(self.outputs)
+
+    @property
+    def pages_wanted_count(self) -> int:
+        """Pages for the prompt and all outputs."""
+        return pages_for(len(self.request.token_ids) + self.request.sampling.tokens_max)
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether the prefill node still has something that nobody else has: latents, or the first token."""
+        return self.phase in (Phase.RESERVING, Phase.PREFILLING) or not self.is_handed_over

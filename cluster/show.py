@@ -1,0 +1,74 @@
+"""What the command line draws: generations as they stream, and where each pool stands."""
+
+from collections.abc import AsyncIterator
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.client import Admitted, Delta, Finished
+from cluster.membership import View
+from cluster.proto import trivium_pb2
+from decode.messages import NodeReport
+from experts.messages import ShardReport
+
+
+async def stream_to_screen(events: AsyncIterator[Admitted | Delta | Finished], console: Console) -> None:
+    """Print a generation while it comes, then one line of what it took."""
+    async for event in events:
+        if isinstance(event, Delta):
+            text = event.text or " ".join(map(str, event.token_ids)) + " "
+            console.out(text, end="", highlight=False)
+        if isinstance(event, Finished):
+            console.out("")
+            console.print(f"[dim]{summary(event)}[/]")
+
+
+def summary(finished: Finished) -> str:
+    """Tokens and times of one generation in a line."""
+    usage, timing = finished.usage, finished.timing
+    pace = (usage.output_tokens_count - 1) / timing.decode_s if timing.decode_s > 0 else 0.0
+    return (
+        f"{finished.finish_reason}: {usage.prompt_tokens_count} tokens in ({usage.cached_tokens_count} cached), "
+        f"{usage.output_tokens_count} out; queued {timing.queued_s * 1e3:.0f} ms, "
+        f"prefill {timing.prefill_s * 1e3:.0f} ms, transfer {timing.transfer_s * 1e3:.1f} ms, "
+        f"decode {timing.decode_s * 1e3:.0f} ms ({pace:.0f} tokens/s)"
+    )
+
+
+def cluster_table(view: View, address: str, dashboard: str) -> Table:
+    """Every actor of a cluster that has just started."""
+    table = Table(title=f"serving at {address}", caption=f"Ray dashboard: http://{dashboard}" if dashboard else None)
+    for column in ("actor", "pool", "state", "process", "holds"):
+        table.add_column(column)
+    for member in view.members:
+        table.add_row(member.name, member.kind, member.state, f"{member.host}:{member.pid}", holds(member.report))
+    return table
+
+
+def holds(report: NodeReport | ShardReport | None) -> str:
+    """What an actor has room for, in words."""
+    if isinstance(report, NodeReport):
+        return f"{report.pages_total_count} pages of latents"
+    if isinstance(report, ShardReport):
+        return f"{report.experts_count} experts"
+    return ""
+
+
+def status_table(cluster: trivium_pb2.GetClusterResponse, model: trivium_pb2.GetModelResponse) -> Table:
+    """Every node and shard with its load, as a gateway tells it."""
+    table = Table(
+        title=f"{model.name}, {model.family}, {model.context_tokens_max} tokens of context",
+        caption=f"placement {cluster.placement_epoch}",
+    )
+    for column in ("name", "pool", "state", "running", "waiting", "free", "cached", "leased", "tokens/s"):
+        table.add_column(column, justify="left" if column in ("name", "pool", "state") else "right")
+    for node in cluster.nodes:
+        kind = trivium_pb2.NodeKind.Name(node.kind).removeprefix("NODE_KIND_").lower()
+        state = trivium_pb2.State.Name(node.state).removeprefix("STATE_").lower()
+        pages = (node.pages_free_count, node.pages_cached_count, node.pages_leased_count)
+        numbers = (node.requests_running_count, node.requests_waiting_count, *pages)
+        table.add_row(node.name, kind, state, *map(str, numbers), f"{node.tokens_per_s:.0f}")
+    for shard in cluster.shards:
+        state = trivium_pb2.State.Name(shard.state).removeprefix("STATE_").lower()
+        table.add_row(shard.name, f"{shard.experts_count} experts", state, "", "", "", "", "", f"{shard.tokens_count} in all")
+    return table
