@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.table import Table
 
-from cluster.client import Admitted, Client, Delta, Finished
+from cluster.client import Client, as_values
 from cluster.config import ClusterConfig, check_config, load_config
-from cluster.errors import TriviumError
-from cluster.show import status_table, stream_to_screen
-from cluster.validation import RequestedGeneration, RequestedSampling
+from cluster.errors import InvalidConfig, InvalidRequest, TriviumError
+from cluster.requests import as_json, read_token_ids
+from cluster.show import collect, status_table, stream_to_screen
+from cluster.validation import ChatMessage, RequestedGeneration, RequestedSampling
 
 ADDRESS = "127.0.0.1:50051"
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Serve DeepSeek-V3-family models: prefill here, decode there, experts everywhere.",
@@ -34,4 +34,241 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without starting anything.")
 app.add_typer(config_app, name="config")
 console = Console()
-errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file, such as examples/local.yaml")]
+ModelFolder = Annotated[Path | None, typer.Option("--model", help="folder of the checkpoint; overrides the file")]
+Text = Annotated[str | None, typer.Argument(metavar="TEXT", help="the prompt")]
+TokenIds = Annotated[str | None, typer.Option("--token-ids", help="the prompt as ids, such as 1,2,3")]
+Chat = Annotated[bool, typer.Option("--chat", help="send TEXT as a user's message through the chat template")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="tokens to generate at most")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy; without it 1")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="keep the k likeliest tokens")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="keep the likeliest tokens up to this probability")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="drop tokens below this share of the likeliest")]
+Seed = Annotated[int | None, typer.Option("--seed", help="draw the same tokens again")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
+Logprobs = Annotated[int | None, typer.Option("--logprobs", help="report so many likely tokens each time (--json)")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on past the end of text")]
+Address = Annotated[str, typer.Option("--address", help="host:port of a gateway", envvar="TRIVIUM_ADDRESS")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document instead of text")]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="file with the bearer token")]
+Timeout = Annotated[float | None, typer.Option("--timeout-s", help="give up after so many seconds")]
+
+
+@app.command(epilog="Example: trivium serve examples/local.yaml --decode 2")
+def serve(
+    config: ConfigFile = None,
+    model: ModelFolder = None,
+    prefill: Annotated[int | None, typer.Option(help="prefill nodes")] = None,
+    decode: Annotated[int | None, typer.Option(help="decode nodes")] = None,
+    shards: Annotated[int | None, typer.Option(help="expert shards")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free one")] = None,
+    greet: Annotated[bool, typer.Option("--greet", help="stream one generation to the screen when ready")] = False,
+    once: Annotated[bool, typer.Option("--once", help="greet, then end every process")] = False,
+) -> None:
+    """Start a cluster on this host and serve until Ctrl-C."""
+    with told():
+        checked = configured(config, model).with_overrides(prefill=prefill, decode=decode, shards=shards, port=port)
+        flags = [flag for flag, wanted in (("--greeting", greet), ("--once", once)) if wanted]
+        become("cluster.launch", checked.model_dump_json(), *flags)
+
+
+@app.command(epilog='Example: trivium generate "Once upon a time" --max-tokens 32 --temperature 0')
+def generate(
+    text: Text = None,
+    token_ids: TokenIds = None,
+    chat: Chat = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    logprobs: Logprobs = None,
+    ignore_eos: IgnoreEos = False,
+    address: Address = ADDRESS,
+    json_output: Json = False,
+    token_file: TokenFile = None,
+    timeout_s: Timeout = None,
+) -> None:
+    """Send one request to a running cluster and stream its answer."""
+    with told():
+        sampling = sampled(max_tokens, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos)
+        request = asked(text, token_ids, chat, sampling)
+        run(send(request, address, read_token(token_file), timeout_s, json_output))
+
+
+@app.command(epilog="Example: trivium reference --model examples/trivium-small --token-ids 1,2,3 --temperature 0")
+def reference(
+    text: Text = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file that names the model")] = None,
+    model: ModelFolder = None,
+    token_ids: TokenIds = None,
+    chat: Chat = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    logprobs: Logprobs = None,
+    ignore_eos: IgnoreEos = False,
+    json_output: Json = False,
+) -> None:
+    """Answer the same request in one process without Ray: the truth that a cluster is compared with."""
+    with told():
+        sampling = sampled(max_tokens, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos)
+        request = asked(text, token_ids, chat, sampling)
+        checked = configured(config, model)
+        flags = ["--json"] if json_output else []
+        become("cluster.reference_run", checked.model_dump_json(), as_json(request), *flags)
+
+
+@app.command(epilog="Example: trivium status --json")
+def status(address: Address = ADDRESS, json_output: Json = False, token_file: TokenFile = None) -> None:
+    """Where each pool of a running cluster stands."""
+    with told():
+        run(show_status(address, read_token(token_file), json_output))
+
+
+@config_app.command("check", epilog="Example: trivium config check examples/local.yaml")
+def config_check(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]) -> None:
+    """Say whether a file is a valid configuration, and if not what to change."""
+    with told():
+        load_config(config)
+        console.print(f"[green]valid[/] {config}")
+
+
+@config_app.command("show", epilog="Example: trivium config show examples/local.yaml")
+def config_show(config: ConfigFile = None, json_output: Json = False) -> None:
+    """Every key with its value and meaning; without a file the defaults."""
+    with told():
+        checked = load_config(config) if config else check_config({"model": {"folder": "."}}, "defaults", Path.cwd())
+        console.print_json(checked.model_dump_json()) if json_output else console.print(config_table(checked))
+
+
+class told:  # noqa: N801  reads as `with told():`
+    """Tells a TriviumError to people on stderr and ends with status 1."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, TriviumError):
+            Console(stderr=True).print(f"[red]error[/] {error}", highlight=False)
+            raise typer.Exit(1) from error
+
+
+def configured(config: Path | None, model: Path | None) -> ClusterConfig:
+    """The file's configuration, or the defaults for a model folder; raises InvalidConfig."""
+    if config is not None:
+        return load_config(config).with_overrides(model=model)
+    if model is not None:
+        return check_config({"model": {"folder": str(model)}}, "command line", Path.cwd())
+    raise InvalidConfig(
+        reason="NO_MODEL",
+        message="neither a configuration nor a model is named",
+        field="CONFIG or --model",
+        remedy="Try `trivium serve examples/local.yaml`, or name a checkpoint's folder with --model.",
+    )
+
+
+def asked(text: str | None, token_ids: str | None, chat: bool, sampling: RequestedSampling) -> RequestedGeneration:
+    """The request that a command line asks for; raises InvalidRequest where it asks for none or two."""
+    if (text is None) == (token_ids is None):
+        raise InvalidRequest(
+            reason="ONE_PROMPT",
+            message="there must be one prompt",
+            field="TEXT or --token-ids",
+            remedy='Give a text, as in `trivium generate "Once upon a time"`, or --token-ids 1,2,3.',
+        )
+    if token_ids is not None:
+        return RequestedGeneration(token_ids=read_token_ids(token_ids), sampling=sampling)
+    if chat:
+        return RequestedGeneration(messages=(ChatMessage("user", text),), sampling=sampling)
+    return RequestedGeneration(text=text, sampling=sampling)
+
+
+def sampled(tokens_max, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos) -> RequestedSampling:
+    """Sampling parameters in the words of the validator."""
+    return RequestedSampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        tokens_max=tokens_max,
+        stop_strings=tuple(stop or ()),
+        logprobs_count=logprobs,
+        ignore_eos=ignore_eos,
+    )
+
+
+async def send(
+    request: RequestedGeneration, address: str, token: str | None, timeout_s: float | None, json_output: bool
+) -> None:
+    """Send a request and show its answer as it comes, or whole as JSON."""
+    async with Client(address, token) as client:
+        events = client.generate(request, timeout_s)
+        if json_output:
+            print(json.dumps(await collect(events)))
+        else:
+            await stream_to_screen(events, console)
+
+
+async def show_status(address: str, token: str | None, json_output: bool) -> None:
+    """Print what a gateway knows of the cluster."""
+    async with Client(address, token) as client:
+        model, cluster = await client.get_model(), await client.get_cluster()
+        if json_output:
+            print(json.dumps({"model": as_values(model), "cluster": as_values(cluster)}))
+        else:
+            console.print(status_table(cluster, model))
+
+
+def config_table(config: ClusterConfig) -> Table:
+    """Every key, its value, and what it means."""
+    table = Table(show_lines=False)
+    for column in ("key", "value", "meaning"):
+        table.add_column(column)
+    for name, field in type(config).model_fields.items():
+        section = getattr(config, name)
+        if not hasattr(type(section), "model_fields"):
+            table.add_row(name, str(section), field.description)
+            continue
+        for key, inner in type(section).model_fields.items():
+            table.add_row(f"{name}.{key}", str(getattr(section, key)), inner.description)
+    return table
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token in a file, or None; raises InvalidConfig."""
+    try:
+        return None if path is None else path.read_text().strip()
+    except OSError as error:
+        raise InvalidConfig(
+            reason="NO_TOKEN_FILE",
+            message=f"cannot be read: {error.strerror}",
+            field="--token-file",
+            remedy="Name a file that holds the token.",
+        ) from error
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; Ctrl-C cancels the request and ends with 130."""
+    try:
+        asyncio.run(work)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def become(module: str, *arguments: str) -> None:
+    """Go on as another Python module of ours, in this same process id."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+if __name__ == "__main__":
+    app()

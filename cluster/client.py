@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -150,3 +152,8 @@ def read_details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorIn
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)
     return info, None if retry is None else retry.retry_delay.ToTimedelta().total_seconds()
+
+
+def as_values(message: Message) -> dict[str, Any]:
+    """A response as values for JSON, every field of it, under the names in trivium.proto."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

@@ -23,13 +23,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from cluster import pools
 from cluster.client import Client
 from cluster.config import ClusterConfig, check_config
-from cluster.errors import InvalidConfig, InvalidModel, TriviumError
+from cluster.errors import InvalidConfig, TriviumError
 from cluster.membership import View
+from cluster.model_folder import open_checkpoint
 from cluster.place import Place
 from cluster.show import cluster_table, stream_to_screen
 from cluster.validation import RequestedGeneration, RequestedSampling
-from kernels.model.checkpoint import Checkpoint, CheckpointError
-from kernels.model.config import ModelConfigError
 
 GREETING = "The place where three roads meet"
 GREETING_TOKENS = 48
@@ -100,15 +99,7 @@ def is_complete(view: View, config: ClusterConfig) -> bool:
 
 def check_model(config: ClusterConfig) -> None:
     """Read the model's headers once before anything is started; raises InvalidModel."""
-    try:
-        checkpoint = Checkpoint(config.model.folder)
-    except (ModelConfigError, CheckpointError, OSError) as error:
-        raise InvalidModel(
-            reason="MODEL_UNUSABLE",
-            message=str(error),
-            field="model.folder",
-            remedy="Name a folder with a complete DeepSeek-V2 or V3 checkpoint.",
-        ) from error
+    checkpoint = open_checkpoint(config.model.folder)
     shards, experts = config.experts.shards_count, checkpoint.config.routed_experts_count
     if checkpoint.config.moe_layers and shards > experts:
         raise InvalidConfig(

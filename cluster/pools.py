@@ -36,6 +36,8 @@ class RayAddresses:
 
 def start_ray(dashboard: bool, dashboard_port: int) -> RayAddresses:
     """Start a Ray cluster on this host, or join the one that RAY_ADDRESS names; its logs stay in its files."""
+    if ray.is_initialized():
+        return RayAddresses("")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     existing = "RAY_ADDRESS" in os.environ
@@ -109,8 +111,13 @@ def problems() -> list[str]:
     return [f"{name}: {status.message}" for name, status in deployments.items() if "UNHEALTHY" in status.status.name]
 
 
+def undeploy() -> None:
+    """End the pools in good order and leave Ray running."""
+    serve.delete(APPLICATION)
+
+
 def stop() -> None:
-    """End the pools, and the Ray cluster if it was started here."""
+    """End the pools; a Ray cluster that was started here ends with them, requests and all."""
     if "RAY_ADDRESS" in os.environ:
-        serve.delete(APPLICATION)
+        undeploy()
     ray.shutdown()

@@ -1,8 +1,11 @@
 """What the command line draws: generations as they stream, and where each pool stands."""
 
 from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
+from rich.control import strip_control_codes
 from rich.table import Table
 
 from cluster.client import Admitted, Delta, Finished
@@ -14,13 +17,31 @@ from experts.messages import ShardReport
 
 async def stream_to_screen(events: AsyncIterator[Admitted | Delta | Finished], console: Console) -> None:
     """Print a generation while it comes, then one line of what it took."""
+    has_text = False
     async for event in events:
         if isinstance(event, Delta):
-            text = event.text or " ".join(map(str, event.token_ids)) + " "
-            console.out(text, end="", highlight=False)
+            text = event.text or "".join(f"{token} " for token in event.token_ids if not has_text)
+            has_text = has_text or bool(event.text)
+            console.out(strip_control_codes(text), end="", highlight=False)
         if isinstance(event, Finished):
             console.out("")
             console.print(f"[dim]{summary(event)}[/]")
+
+
+async def collect(events: AsyncIterator[Admitted | Delta | Finished]) -> dict[str, Any]:
+    """A whole generation as values for JSON."""
+    whole: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": []}
+    async for event in events:
+        match event:
+            case Admitted():
+                whole |= asdict(event)
+            case Delta(text, token_ids, logprobs):
+                whole["text"] += text
+                whole["token_ids"] += token_ids
+                whole["logprobs"] += map(asdict, logprobs)
+            case Finished():
+                whole |= asdict(event)
+    return whole
 
 
 def summary(finished: Finished) -> str:

@@ -1,0 +1,20 @@
+"""A model's folder, opened with errors that say what to do."""
+
+from pathlib import Path
+
+from cluster.errors import InvalidModel
+from kernels.model.checkpoint import Checkpoint, CheckpointError
+from kernels.model.config import ModelConfigError
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The model's headers, checked; raises InvalidModel."""
+    try:
+        return Checkpoint(folder)
+    except (ModelConfigError, CheckpointError, OSError) as error:
+        raise InvalidModel(
+            reason="MODEL_UNUSABLE",
+            message=str(error),
+            field="model.folder",
+            remedy="Name a folder with a complete DeepSeek-V2 or V3 checkpoint.",
+        ) from error

@@ -1,0 +1,72 @@
+"""Whatever the topology and the company, a request gets the same tokens."""
+
+import random
+
+import pytest
+
+from cluster.events import RoutedRequest
+from cluster.reference import Reference
+from cluster.validation import RequestedGeneration, RequestedSampling
+from decode.messages import SamplingParameters
+from kernels.model.checkpoint import Checkpoint
+from tests.checkpoints import random_prompt
+from tests.end_to_end.stage import all_tokens, one_by_one
+
+NAME = "groups"
+TOPOLOGIES = {
+    "1P 1D 1E unix": {"experts": {"shards_count": 1}, "transport": {"scheme": "unix"}},
+    "1P 1D 1E tcp": {"experts": {"shards_count": 1}, "transport": {"scheme": "tcp"}},
+    "2P 2D 3E unix": {"prefill": {"count": 2}, "decode": {"count": 2}, "experts": {"shards_count": 3}},
+    "2P 2D 3E tcp, two micro-batches": {
+        "prefill": {"count": 2, "micro_batches": 2},
+        "decode": {"count": 2, "micro_batches": 2},
+        "experts": {"shards_count": 3},
+        "transport": {"scheme": "tcp"},
+    },
+}
+ALONE_COUNT = 4
+TOGETHER_COUNT = 32
+
+
+def prompts() -> list[tuple[int, ...]]:
+    """Prompts of many lengths, the first ones also sent alone."""
+    lengths = [1, 63, 65, 300, *(random.Random(7).randint(1, 400) for _ in range(TOGETHER_COUNT))]
+    return [tuple(random_prompt(f"{NAME} {index}", count)) for index, count in enumerate(lengths)]
+
+
+def requested(index: int, prompt: tuple[int, ...]) -> RequestedGeneration:
+    """Greedy and sampled in turn."""
+    greedy = index % 2 == 0
+    sampling = RequestedSampling(
+        temperature=0.0 if greedy else 0.9,
+        top_p=None if greedy else 0.95,
+        seed=index,
+        tokens_max=24,
+        ignore_eos=True,
+    )
+    return RequestedGeneration(token_ids=prompt, sampling=sampling)
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoint) -> list[list[int]]:
+    """Tokens of one process with LocalExperts, each request alone."""
+    reference = Reference(Checkpoint(checkpoint(NAME)))
+    answers = []
+    for index, prompt in enumerate(prompts()):
+        asked = requested(index, prompt).sampling
+        sampling = SamplingParameters(
+            temperature=asked.temperature, top_p=asked.top_p or 1.0, seed=index, tokens_max=24, ignore_eos=True
+        )
+        answers.append(reference.generate([RoutedRequest(str(index), prompt, sampling)])[0].token_ids)
+    reference.close()
+    return answers
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_same_tokens_alone_and_among_others(topology, stage, checkpoint, truth):
+    requests = [requested(index, prompt) for index, prompt in enumerate(prompts())]
+    address = stage.cluster(checkpoint(NAME), **TOPOLOGIES[topology])
+    assert one_by_one(address, requests[:ALONE_COUNT]) == truth[:ALONE_COUNT]
+    together = all_tokens(address, requests)
+    wrong = [index for index, (ours, true) in enumerate(zip(together, truth, strict=True)) if ours != true]
+    assert not wrong, f"{topology}: requests {wrong} differ"
