@@ -49,7 +49,7 @@ class DecodeBatcher:
 
 
 def split_evenly(batch: list[DecodeRequest], parts_count: int, size_min: int) -> list[list[DecodeRequest]]:
-    """A batch in up to `parts_count` parts of near equal size, none smaller than `size_min` unless there is one."""
+    """A batch in up to `parts_count` near equal parts, none smaller than `size_min` unless it is alone."""
     parts_count = max(min(parts_count, len(batch) // size_min), 1)
     size = -(-len(batch) // parts_count)
     return [batch[begin : begin + size] for begin in range(0, len(batch), size)]

@@ -1,4 +1,4 @@
-"""Where latents reach decode: room is reserved, frames are fenced, and a request leaves when all of it is here.
+"""Where latents reach decode: room is reserved, frames are fenced, and a request leaves when it is complete.
 
 The thread that receives and the thread that computes both come here; one lock guards the ledger. Pages that a
 frame is being written to are never given away: a request that ends meanwhile keeps them until the frame has.
@@ -17,7 +17,7 @@ from decode.messages import (
 )
 from decode.request import DecodeRequest
 from kernels.model.latent_cache import LatentCache, page_runs
-from kernels.model.pages import PagesExhausted, pages_for
+from kernels.model.pages import pages_for
 from kernels.transport.channel import Channel
 from kernels.transport.tensors import NAMES, as_bytes
 
@@ -39,16 +39,18 @@ class Inbox:
         return len(self._waiting)
 
     def reserve(self, asked: ReservePages, gateway: Channel) -> PageReservation | ReservationRefused:
-        """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one."""
+        """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one.
+
+        An older one than what waits here is refused, as is one for which there are no pages.
+        """
         tokens_count = asked.prompt_tokens_count + asked.sampling.tokens_max
         wanted = pages_for(max(tokens_count, len(asked.token_ids)))
         with self._lock:
             self._forget(asked.request_id, asked.generation)
-            try:
-                pages = self._cache.pool.lease(wanted)
-            except PagesExhausted:
-                available = self._cache.pool.pages_available_count
+            available = self._cache.pool.pages_available_count
+            if asked.request_id in self._waiting or wanted > available:
                 return ReservationRefused(asked.request_id, asked.generation, wanted, available)
+            pages = self._cache.pool.lease(wanted)
             end_s = self._clock() + self._lease_s
             counts = [0] * self._cache.layers_count
             request = DecodeRequest(asked, gateway, pages, end_s, counts, list(asked.token_ids))
@@ -58,10 +60,10 @@ class Inbox:
     def choose_buffers(
         self, channel: Channel, latents: Latents, payload_bytes: int
     ) -> list[memoryview] | None:
-        """Memory of the slots that a frame of latents is for, or None for one that does not fit its reservation."""
+        """Memory of the slots that a frame of latents is for, or None for one that fits no reservation."""
         with self._lock:
             request = self._waiting.get(latents.request_id)
-            if request is None or not self._fits(request, latents, payload_bytes):
+            if request is None or not self._fits(request, channel, latents, payload_bytes):
                 self.refused_count += 1
                 return None
             layer = self._cache.latents[latents.layer]
@@ -89,7 +91,10 @@ class Inbox:
         return None
 
     def first_token(self, first: FirstToken) -> DecodeRequest | None:
-        """Note a request's first token; the request if it is complete now."""
+        """Note a request's first token, and return it: complete, or forgotten if latents are missing.
+
+        A first token comes after all latents on the same channel, so what is missing then will never come.
+        """
         with self._lock:
             request = self._waiting.get(first.request_id)
             if request is None or request.asked.generation != first.generation or request.first_token_known:
@@ -97,7 +102,9 @@ class Inbox:
                 return None
             request.token_ids.append(first.token_id)
             request.first_token_known = True
-            return request if request.is_complete else None
+            if not request.is_complete:
+                self._forget(first.request_id, first.generation)
+            return request
 
     def take_complete(self) -> list[DecodeRequest]:
         """Hand over the requests that can start, oldest first; their pages are the caller's to release."""
@@ -118,11 +125,16 @@ class Inbox:
             for request in [waiting for waiting in self._waiting.values() if waiting.gateway is gateway]:
                 self._forget(request.asked.request_id, request.asked.generation)
 
-    def channel_closed(self, channel: Channel) -> None:
-        """End the frame that a closed channel was in the middle of."""
+    def channel_closed(self, channel: Channel) -> list[DecodeRequest]:
+        """End the frame that a closed channel was in; forget and return the requests it left unfinished."""
         with self._lock:
             if channel in self._receiving:
                 self._stop_receiving(channel)
+            brought = [request for request in self._waiting.values() if request.prefill is channel]
+            unfinished = [request for request in brought if not request.is_complete]
+            for request in unfinished:
+                self._forget(request.asked.request_id, request.asked.generation)
+        return unfinished
 
     def extend(self, request_ids: Sequence[str]) -> None:
         """Keep these requests' pages for another lease."""
@@ -150,11 +162,12 @@ class Inbox:
         with self._lock:
             self._cache.pool.check()
 
-    def _fits(self, request: DecodeRequest, latents: Latents, payload_bytes: int) -> bool:
+    def _fits(self, request: DecodeRequest, channel: Channel, latents: Latents, payload_bytes: int) -> bool:
         tokens_count = latents.end - latents.begin
         token_bytes = self._cache.latents.shape[-1] * self._cache.latents.element_size()
         return (
             latents.generation == request.asked.generation
+            and request.prefill in (None, channel)
             and 0 <= latents.layer < self._cache.layers_count
             and latents.begin == request.latents_counts[latents.layer]
             and latents.begin < latents.end <= len(request.asked.token_ids)

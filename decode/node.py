@@ -32,7 +32,7 @@ from decode.step import DecodeStep
 from experts.errors import ExpertsError
 from kernels.model.latent_cache import LatentCache
 from kernels.model.transformer import Transformer
-from kernels.ops.sample import SampleError, Samples, sample
+from kernels.ops.sample import SampleError, SampleRow, Samples, sample
 from kernels.transport.channel import Channel
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
@@ -41,6 +41,8 @@ from kernels.transport.frame import Frame, Header
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.5
+SWEEP_S = 1.0
+LEASE_ENDED = "nobody extended its lease in time"
 
 
 class DecodeNode:
@@ -65,6 +67,8 @@ class DecodeNode:
         self._clock = clock
         self._cancelled: set[tuple[str, int]] = set()
         self._gone: set[Channel] = set()
+        self._extended: set[str] = set()
+        self._swept_s = clock()
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._thread: threading.Thread | None = None
@@ -74,6 +78,11 @@ class DecodeNode:
         )
         self.inbox = Inbox(self.cache, self.endpoint.address, config.lease_s, clock)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its computing thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
         """Receive and compute in threads of their own until closed."""
         self.endpoint.start()
@@ -81,10 +90,9 @@ class DecodeNode:
         self._thread.start()
 
     def step(self) -> int:
-        """Admit what has arrived, run one step, give each request in it its next token; how many were in it."""
+        """Admit what has arrived, run a step, give each request in it its next token; how many there were."""
         self._drop_cancelled()
-        self._admit(self.inbox.take_complete())
-        batch = self.batcher.next_batch()
+        batch = self._next_batch()
         if not batch:
             return 0
         begin_s = time.perf_counter()
@@ -92,20 +100,24 @@ class DecodeNode:
             samples, failed = self._sample(batch, self.decode_step.run(batch))
         except ExpertsError as error:
             self._fail(batch, "experts_unavailable", str(error), retryable=True)
-            return 0
+            return len(batch)
         self._finish(batch, samples, failed)
         self.busy_s += time.perf_counter() - begin_s
         return len(batch)
 
     def report(self) -> NodeReport:
-        """Numbers about this node."""
+        """Numbers about this node; safe from any thread."""
         pool = self.cache.pool
+        with self._lock:
+            running_count = self.batcher.requests_running_count
+            waiting_count = self.batcher.requests_waiting_count + len(self.inbox)
+            failures = dict(self.failures)
         return NodeReport(
             name=self.config.name,
             kind="decode",
             address=self.endpoint.address,
-            requests_running_count=self.batcher.requests_running_count,
-            requests_waiting_count=self.batcher.requests_waiting_count + len(self.inbox),
+            requests_running_count=running_count,
+            requests_waiting_count=waiting_count,
             tokens_waiting_count=0,
             pages_total_count=pool.pages_count,
             pages_free_count=pool.pages_free_count,
@@ -115,7 +127,7 @@ class DecodeNode:
             steps_count=self.steps_count,
             experts_epoch=self.experts_epoch(),
             refused_frames_count=self.inbox.refused_count + self.endpoint.counts.refused_peers_count,
-            failures=dict(self.failures),
+            failures=failures,
             busy_s=self.busy_s,
         )
 
@@ -128,15 +140,23 @@ class DecodeNode:
         self.endpoint.close()
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
-            try:
-                if self.step() == 0 and not self._work.wait(IDLE_S):
-                    self._sweep()
-                    self.inbox.check()
-            except Exception:
-                logger.exception("%s: a step failed", self.config.name)
-                self._fail(self.batcher.everyone(), "internal", "the decode node failed", retryable=True)
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception:
+            logger.exception("%s: cannot even fail a request, and leaves", self.config.name)
+            self.endpoint.close()  # so that everyone sees at once that nobody computes here
+
+    def _turn(self) -> None:
+        self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
+        try:
+            self._sweep_running()
+            if self.step() == 0 and not self._work.wait(IDLE_S):
+                self._sweep()
+                self.inbox.check()
+        except Exception:
+            logger.exception("%s: a step failed", self.config.name)
+            self._fail(self.batcher.everyone(), "internal", "the decode node failed", retryable=True)
 
     # what comes in, on the endpoint's thread
 
@@ -152,15 +172,15 @@ class DecodeNode:
             case Latents():
                 self._latents_came(channel)
             case FirstToken() as first:
-                if self.inbox.first_token(first) is not None:
-                    UP.send(channel, LatentsReceived(first.request_id, first.generation))
-                    self._work.set()
+                self._first_token_came(channel, first)
             case ReservePages() as asked:
                 UP.send(channel, self.inbox.reserve(asked, channel))
             case CancelRequest(request_id, generation):
                 self._cancel(request_id, generation)
             case ExtendLeases(request_ids):
                 self.inbox.extend(request_ids)
+                with self._lock:
+                    self._extended.update(request_ids)
                 self._sweep()
             case AskReport():
                 UP.send(channel, self.report())
@@ -170,6 +190,16 @@ class DecodeNode:
         if damaged is not None:
             self._tell_failed([damaged], "latents_damaged", "latents arrived damaged", retryable=True)
 
+    def _first_token_came(self, channel: Channel, first: FirstToken) -> None:
+        request = self.inbox.first_token(first)
+        if request is None:
+            return
+        if request.cancelled:
+            self._tell_failed([request], "latents_missing", "some latents never came", retryable=True)
+            return
+        self._work.set()
+        UP.send(channel, LatentsReceived(first.request_id, first.generation))
+
     def _cancel(self, request_id: str, generation: int) -> None:
         if not self.inbox.cancel(request_id, generation):
             with self._lock:
@@ -177,23 +207,41 @@ class DecodeNode:
             self._work.set()
 
     def _on_closed(self, channel: Channel) -> None:
-        self.inbox.channel_closed(channel)
+        unfinished = self.inbox.channel_closed(channel)
         self.inbox.cancel_of(channel)
         with self._lock:
             self._gone.add(channel)
         self._work.set()
+        self._tell_failed(unfinished, "prefill_lost", "the prefill node went away", retryable=True)
 
     def _sweep(self) -> None:
-        self._tell_failed(
-            self.inbox.sweep(), "lease_ended", "its latents did not come in time", retryable=True
-        )
+        self._tell_failed(self.inbox.sweep(), "lease_ended", LEASE_ENDED, retryable=True)
 
     # what goes on, on the computing thread
 
-    def _admit(self, requests: list[DecodeRequest]) -> None:
-        for request in requests:
+    def _sweep_running(self) -> None:
+        """Extend or end the leases of what runs: a gateway that is cut off cannot say that it has gone."""
+        now_s = self._clock()
+        if now_s < self._swept_s + SWEEP_S:
+            return
+        self._swept_s = now_s
+        with self._lock:
+            extended, self._extended = self._extended, set()
+        everyone = self.batcher.everyone()
+        for request in everyone:
+            if request.asked.request_id in extended:
+                request.lease_end_s = now_s + self.config.lease_s
+        ended = [request for request in everyone if request.lease_end_s < now_s]
+        self._fail(ended, "lease_ended", LEASE_ENDED, retryable=True)
+
+    def _next_batch(self) -> list[DecodeRequest]:
+        with self._lock:  # so that no report misses a request on its way from inbox to batcher
+            complete = self.inbox.take_complete()
+            self.batcher.admit(complete)
+            batch = self.batcher.next_batch()
+        for request in complete:
             request.begin(self._model.vocab_size)
-        self.batcher.admit(requests)
+        return batch
 
     def _drop_cancelled(self) -> None:
         with self._lock:
@@ -211,13 +259,15 @@ class DecodeNode:
         )
 
     def _sample(self, batch: list[DecodeRequest], logits: torch.Tensor) -> tuple[Samples, dict[int, str]]:
-        """Next tokens, and why some requests have none; those are sampled greedily from zeros and then failed."""
+        """Next tokens, and why some requests have none: those are sampled from zeros, and nobody is told."""
         rows = [request.sample_row(self._model.eos_token_ids) for request in batch]
         try:
             return sample(logits, rows), {}
         except SampleError as error:
             logits = logits.clone()
             logits[list(error.reasons)] = 0.0
+            for row in error.reasons:
+                rows[row] = SampleRow()
             return sample(logits, rows), error.reasons
 
     def _finish(self, batch: list[DecodeRequest], samples: Samples, failed: dict[int, str]) -> None:
@@ -260,7 +310,8 @@ class DecodeNode:
         self, requests: Sequence[DecodeRequest], reason: str, message: str, retryable: bool
     ) -> None:
         for request in requests:
-            self.failures[reason] += 1
+            with self._lock:
+                self.failures[reason] += 1
             asked = request.asked
             self._tell(
                 request.gateway, RequestFailed(asked.request_id, asked.generation, reason, message, retryable)

@@ -27,6 +27,8 @@ class DecodeRequest:
     prefill: Channel | None = None
     slots: "slice | torch.Tensor | None" = None
     """Slots of all tokens it can ever have, from `begin` on."""
+    prompt_token_ids: torch.Tensor | None = None
+    """The client's prompt, where a penalty asks for it."""
     output_counts: torch.Tensor | None = None
 
     @property
@@ -46,10 +48,13 @@ class DecodeRequest:
         return len(self.token_ids) - 1
 
     def begin(self, vocab_size: int) -> None:
-        """Prepare for the first step: index the slots and count the outputs, where they are needed."""
-        self.slots = slots_of(self.pages, 0, self.asked.prompt_tokens_count + self.asked.sampling.tokens_max)
-        if self.asked.sampling.counts_outputs:
-            outputs = torch.tensor(self.token_ids[self.asked.prompt_tokens_count :], dtype=torch.int64)
+        """Prepare for the first step: index the slots, and what penalties are reckoned from, where needed."""
+        prompt_count, sampling = self.asked.prompt_tokens_count, self.asked.sampling
+        self.slots = slots_of(self.pages, 0, prompt_count + sampling.tokens_max)
+        if sampling.repetition_penalty != 1.0:
+            self.prompt_token_ids = torch.tensor(self.token_ids[:prompt_count], dtype=torch.int64)
+        if sampling.counts_outputs:
+            outputs = torch.tensor(self.token_ids[prompt_count:], dtype=torch.int64)
             self.output_counts = torch.bincount(outputs, minlength=vocab_size).to(torch.int32)
 
     def context(self) -> "slice | torch.Tensor":
@@ -66,13 +71,9 @@ class DecodeRequest:
 
     def sample_row(self, eos_token_ids: tuple[int, ...]) -> SampleRow:
         """How this request's next token is to be chosen."""
-        sampling = self.asked.sampling
-        prompt = None
-        if sampling.repetition_penalty != 1.0:
-            prompt = torch.tensor(self.asked.token_ids[: self.asked.prompt_tokens_count])
         return SampleRow(
-            **sampling.row(len(self.token_ids), self.outputs_count, eos_token_ids),
-            prompt_token_ids=prompt,
+            **self.asked.sampling.row(len(self.token_ids), self.outputs_count, eos_token_ids),
+            prompt_token_ids=self.prompt_token_ids,
             output_token_counts=self.output_counts,
         )
 

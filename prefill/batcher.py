@@ -1,5 +1,7 @@
 """Which tokens of which prompts go into a node's next step."""
 
+from bisect import insort
+
 from kernels.model.pages import PAGE_TOKENS
 from prefill.request import Chunk, PrefillRequest
 
@@ -7,8 +9,9 @@ from prefill.request import Chunk, PrefillRequest
 class PrefillBatcher:
     """Prompts under way, cut into chunks at page borders under a budget of tokens.
 
-    Every prompt under way gets an equal share of each step, and what the short ones leave goes to the oldest:
-    so a long prompt does not hold up short ones, nor many short ones a long one.
+    Every prompt under way gets an equal share of each step, and what short ones leave goes to the first in
+    line: so a long prompt does not hold up short ones, nor many short ones a long one. Where there are more
+    prompts than pages in a step, those that had no share move to the front of the line.
     """
 
     def __init__(self, step_tokens_max: int, requests_max: int):
@@ -34,8 +37,7 @@ class PrefillBatcher:
 
     def add(self, request: PrefillRequest) -> None:
         """Queue a prompt: higher priority first, then the older."""
-        self._waiting.append(request)
-        self._waiting.sort(key=lambda waiting: (-waiting.asked.priority, waiting.arrived_s))
+        insort(self._waiting, request, key=lambda waiting: -waiting.asked.priority)
 
     def next_waiting(self) -> PrefillRequest | None:
         """The prompt to begin next, if there is a place for it."""
@@ -47,7 +49,7 @@ class PrefillBatcher:
         self._running.append(request)
 
     def next_batch(self) -> list[Chunk]:
-        """Chunks of the next step, oldest prompt first; empty when there is nothing to do."""
+        """Chunks of the next step, first in line first; empty when there is nothing to do."""
         shares = self._shares()
         taken = self._running[: len(shares)]
         return [
@@ -61,7 +63,9 @@ class PrefillBatcher:
         for chunk in chunks:
             chunk.request.tokens_done_count = chunk.end
         complete = [chunk.request for chunk in chunks if chunk.is_last]
-        self._running = [request for request in self._running if request.tokens_left_count]
+        served = {id(chunk.request) for chunk in chunks}
+        left = [request for request in self._running if request.tokens_left_count]
+        self._running = sorted(left, key=lambda request: id(request) in served)
         return complete
 
     def remove(self, request: PrefillRequest) -> None:
@@ -75,7 +79,7 @@ class PrefillBatcher:
         return [*self._running, *self._waiting]
 
     def _shares(self) -> list[int]:
-        """Tokens of the next step for each of the oldest prompts: whole pages, or all that is left of a prompt."""
+        """Tokens of the next step for each of the first prompts: whole pages, or all that is left of one."""
         pages_max = self.step_tokens_max // PAGE_TOKENS
         taken = self._running[:pages_max]
         if not taken:

@@ -21,7 +21,7 @@ from kernels.transport.schema import Schema
 
 @dataclass(frozen=True)
 class PrefillPrompt:
-    """Compute the latents of `token_ids`, send them to the reservation at `decode_address`, and a first token."""
+    """Compute the latents of `token_ids` and a first token, for the reservation at `decode_address`."""
 
     request_id: str
     generation: int

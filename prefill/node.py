@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from decode.messages import UP as DECODE_UP
-from decode.messages import AskReport, CancelRequest, LatentsReceived, NodeReport, RequestFailed, TokenChunk, TokenLogprob
+from decode.messages import (
+    AskReport,
+    CancelRequest,
+    LatentsReceived,
+    NodeReport,
+    RequestFailed,
+    TokenChunk,
+    TokenLogprob,
+)
 from experts.errors import ExpertsError
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
@@ -30,15 +38,20 @@ from prefill.step import PrefillStep
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.5
+UNREACHABLE = "latents could not be sent to the decode node"
 
 
 class PrefillNode:
     """Prompts come in by its endpoint, latents leave by its outbox; `step` is all that computes."""
 
-    def __init__(self, config: PrefillConfig, transformer: Transformer, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, config: PrefillConfig, transformer: Transformer, clock: Callable[[], float] = time.monotonic
+    ):
         model = transformer.config
         self.config = config
-        self.cache = LatentCache(model.layers_count, model.latent_dim, transformer.dtype, config.latents_bytes)
+        self.cache = LatentCache(
+            model.layers_count, model.latent_dim, transformer.dtype, config.latents_bytes
+        )
         self.prefix = PrefixPages(self.cache.pool)
         self.batcher = PrefillBatcher(config.step_tokens_max, config.requests_max)
         self.failures: Counter[str] = Counter()
@@ -54,12 +67,18 @@ class PrefillNode:
         self._arrived: list[PrefillRequest] = []
         self._ended: list[tuple[str, int]] = []
         self._gone: set[Channel] = set()
+        self._lost: set[str] = set()
         self._in_transfer: dict[tuple[str, int], PrefillRequest] = {}
         self._work = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self.endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame, self._on_closed)
         self.outbox = Outbox(self.endpoint, self._transfer_failed)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its computing thread runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         """Receive, compute and send in threads of their own until closed."""
@@ -69,7 +88,7 @@ class PrefillNode:
         self._thread.start()
 
     def step(self) -> int:
-        """Begin what there is room for, compute one step's chunks, and send what came out; how many chunks."""
+        """Begin what there is room for, compute a step's chunks, and send what came out; how many chunks."""
         self._take_events()
         self._begin_waiting()
         chunks = self.batcher.next_batch()
@@ -81,22 +100,27 @@ class PrefillNode:
         except ExpertsError as error:
             for chunk in chunks:
                 self._fail(chunk.request, "experts_unavailable", str(error), retryable=True)
-            return 0
+            return len(chunks)
         self.tokens_count += sum(chunk.tokens_count for chunk in chunks)
         self.steps_count += 1
-        self._finish(self.batcher.finish(chunks), logits)
+        self._finish([chunk.request for chunk in chunks if chunk.is_last], logits)
+        self.batcher.finish(chunks)
         self.busy_s += time.perf_counter() - begin_s
         return len(chunks)
 
     def report(self) -> NodeReport:
-        """Numbers about this node."""
+        """Numbers about this node; safe from any thread."""
         pool = self.cache.pool
+        with self._lock:
+            running_count = self.batcher.requests_running_count + len(self._in_transfer)
+            waiting_count = self.batcher.requests_waiting_count + len(self._arrived)
+            failures = dict(self.failures)
         return NodeReport(
             name=self.config.name,
             kind="prefill",
             address=self.endpoint.address,
-            requests_running_count=self.batcher.requests_running_count,
-            requests_waiting_count=self.batcher.requests_waiting_count + len(self._arrived),
+            requests_running_count=running_count,
+            requests_waiting_count=waiting_count,
             tokens_waiting_count=self.batcher.tokens_waiting_count,
             pages_total_count=pool.pages_count,
             pages_free_count=pool.pages_free_count,
@@ -106,7 +130,7 @@ class PrefillNode:
             steps_count=self.steps_count,
             experts_epoch=self.experts_epoch(),
             refused_frames_count=self.endpoint.counts.refused_peers_count,
-            failures=dict(self.failures),
+            failures=failures,
             transfer_s=self.transfer_s,
             busy_s=self.busy_s,
         )
@@ -121,15 +145,22 @@ class PrefillNode:
         self.endpoint.close()
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
-            try:
-                if self.step() == 0 and not self._work.wait(IDLE_S):
-                    self.cache.pool.check()
-            except Exception:
-                logger.exception("%s: a step failed", self.config.name)
-                for request in self.batcher.everyone():
-                    self._fail(request, "internal", "the prefill node failed", retryable=True)
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception:
+            logger.exception("%s: cannot even fail a request, and leaves", self.config.name)
+            self.endpoint.close()  # so that everyone sees at once that nobody computes here
+
+    def _turn(self) -> None:
+        self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
+        try:
+            if self.step() == 0 and not self._work.wait(IDLE_S):
+                self.cache.pool.check()
+        except Exception:
+            logger.exception("%s: a step failed", self.config.name)
+            for request in self.batcher.everyone():
+                self._fail(request, "internal", "the prefill node failed", retryable=True)
 
     # what comes in, on the endpoint's thread
 
@@ -158,20 +189,21 @@ class PrefillNode:
             self._tell(request, HandedOver(received.request_id, received.generation, transfer_s))
 
     def _on_closed(self, channel: Channel) -> None:
-        self.outbox.forget(channel)
+        lost = self.outbox.forget(channel)
         with self._lock:
             self._gone.add(channel)
+            self._lost.update(lost)
         self._work.set()
 
     def _transfer_failed(self, request: PrefillRequest) -> None:
         """The outbox cannot reach the decode node: tell the gateway once, and stop computing the prompt."""
-        key = (request.asked.request_id, request.asked.generation)
+        if request.is_dropped:
+            return
+        request.is_dropped = True
         with self._lock:
-            self._in_transfer.pop(key, None)
-            told = key in self._ended
-            self._ended.append(key)
-        if not told:
-            self._tell_failed(request, "decode_unreachable", "latents could not be sent to the decode node", True)
+            self._in_transfer.pop(request.key, None)
+            self._ended.append(request.key)
+        self._tell_failed(request, "decode_unreachable", UNREACHABLE, retryable=True)
         self._work.set()
 
     # what goes on, on the computing thread
@@ -181,18 +213,30 @@ class PrefillNode:
             arrived, self._arrived = self._arrived, []
             ended, self._ended = dict(sorted(self._ended)), []
             gone, self._gone = self._gone, set()
-            self._in_transfer = {
-                key: request for key, request in self._in_transfer.items() if ended.get(key[0], -1) < key[1]
-            }
-        for request in arrived:
-            if self.prefix.fits(len(request.asked.token_ids)):
+            lost, self._lost = self._lost, set()
+            for request in arrived:
                 self.batcher.add(request)
-            else:
-                self._tell_failed(request, "prompt_too_long", "the prompt does not fit this node's pages", False)
-        if ended or gone:
-            for request in self.batcher.everyone():
-                if request.gateway in gone or ended.get(request.asked.request_id, -1) >= request.asked.generation:
-                    self._drop(request)
+            held = [*self.batcher.everyone(), *self._in_transfer.values()] if ended or gone or lost else []
+        for request in arrived:
+            if (problem := self._problem(request)) is not None:
+                self._fail(request, "invalid_prompt", problem, retryable=False)
+        for request in held:
+            if request.gateway in gone or ended.get(request.asked.request_id, -1) >= request.asked.generation:
+                self._drop(request)
+            elif request.asked.decode_address in lost and request.begun_s:
+                self._fail(request, "decode_unreachable", UNREACHABLE, retryable=True)
+
+    def _problem(self, request: PrefillRequest) -> str | None:
+        """Why a prompt can never be computed here, which would spoil the step of others if it were tried."""
+        token_ids = request.asked.token_ids
+        if not token_ids:
+            return "the prompt holds no token"
+        if not self.prefix.fits(len(token_ids)):
+            pages_count = self.cache.pool.pages_count
+            return f"the prompt has {len(token_ids)} tokens, more than the {pages_count} pages here hold"
+        if min(token_ids) < 0 or max(token_ids) >= self._model.vocab_size:
+            return f"the prompt holds token ids outside 0 to {self._model.vocab_size - 1}"
+        return None
 
     def _begin_waiting(self) -> None:
         while (request := self.batcher.next_waiting()) is not None:
@@ -201,14 +245,16 @@ class PrefillNode:
             except PagesExhausted:
                 return  # pages come back when a prompt ends
             request.begun_s = self._clock()
-            self.batcher.begin(request)
+            with self._lock:  # so that no report misses a request between waiting and running
+                self.batcher.begin(request)
             if request.cached_tokens_count:
                 self._send_cached(request)
 
     def _send_cached(self, request: PrefillRequest) -> None:
         count = request.cached_tokens_count
         for layer in range(self._model.layers_count):
-            self.outbox.put(Parcel(request, layer, 0, count, self.prefill_step.cached_latents(request.pages, layer, count)))
+            latents = self.prefill_step.cached_latents(request.pages, layer, count)
+            self.outbox.put(Parcel(request, layer, 0, count, latents))
 
     def _send_latents(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
         self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, latents))
@@ -218,32 +264,37 @@ class PrefillNode:
             return
         samples, failed = self._sample(complete, logits)
         for row, request in enumerate(complete):
+            request.computed_s = self._clock()
+            if row in failed:  # its pages may hold no numbers either: nobody is to find them
+                self._fail(request, "no_next_token", failed[row], retryable=False)
+                continue
             self.prefix.remember(request)
             self.prefix.end(request)
-            request.computed_s = self._clock()
-            if row in failed:
-                self._tell_failed(request, "no_next_token", failed[row], retryable=False)
-            else:
+            if not request.is_dropped:
                 self._hand_over(request, samples, row)
 
-    def _sample(self, requests: Sequence[PrefillRequest], logits: torch.Tensor) -> tuple[Samples, dict[int, str]]:
-        """First tokens, and why some requests have none; those are sampled from zeros and then failed."""
+    def _sample(
+        self, requests: Sequence[PrefillRequest], logits: torch.Tensor
+    ) -> tuple[Samples, dict[int, str]]:
+        """First tokens, and why some requests have none; those are sampled from zeros and not told."""
         rows = [self._sample_row(request) for request in requests]
         try:
             return sample(logits, rows), {}
         except SampleError as error:
             logits = logits.clone()
             logits[list(error.reasons)] = 0.0
+            for row in error.reasons:
+                rows[row] = SampleRow()
             return sample(logits, rows), error.reasons
 
     def _sample_row(self, request: PrefillRequest) -> SampleRow:
         asked, sampling = request.asked, request.asked.sampling
-        tokens = torch.tensor(asked.token_ids)
-        prompt, outputs = tokens[: asked.prompt_tokens_count], tokens[asked.prompt_tokens_count :]
-        counts = None
-        if sampling.counts_outputs:
-            counts = torch.bincount(outputs, minlength=self._model.vocab_size).to(torch.int32)
-        row = sampling.row(len(tokens), len(outputs), self._model.eos_token_ids)
+        prompt_count, tokens_count = asked.prompt_tokens_count, len(asked.token_ids)
+        row = sampling.row(tokens_count, tokens_count - prompt_count, self._model.eos_token_ids)
+        if not sampling.counts_outputs:
+            return SampleRow(**row)
+        prompt, outputs = torch.tensor(asked.token_ids).tensor_split([prompt_count])
+        counts = torch.bincount(outputs, minlength=self._model.vocab_size).to(torch.int32)
         return SampleRow(**row, prompt_token_ids=prompt, output_token_counts=counts)
 
     def _hand_over(self, request: PrefillRequest, samples: Samples, row: int) -> None:
@@ -255,23 +306,29 @@ class PrefillNode:
         chunk = TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
         if reason is None:
             with self._lock:
-                self._in_transfer[asked.request_id, asked.generation] = request
+                self._in_transfer[request.key] = request
             self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
         queued_s = request.begun_s - request.arrived_s
         prefill_s = request.computed_s - request.begun_s
         self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
 
     def _drop(self, request: PrefillRequest) -> None:
-        self.batcher.remove(request)
+        request.is_dropped = True
+        with self._lock:
+            self._in_transfer.pop(request.key, None)
+            self.batcher.remove(request)
         if request.pages:
             self.prefix.end(request)
 
     def _fail(self, request: PrefillRequest, reason: str, message: str, retryable: bool) -> None:
+        is_told = request.is_dropped
         self._drop(request)
-        self._tell_failed(request, reason, message, retryable)
+        if not is_told:
+            self._tell_failed(request, reason, message, retryable)
 
     def _tell_failed(self, request: PrefillRequest, reason: str, message: str, retryable: bool) -> None:
-        self.failures[reason] += 1
+        with self._lock:
+            self.failures[reason] += 1
         asked = request.asked
         self._tell(request, RequestFailed(asked.request_id, asked.generation, reason, message, retryable))
 

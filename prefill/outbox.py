@@ -7,6 +7,7 @@ empties; computing never waits for a decode node.
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +16,16 @@ import torch
 from decode.messages import DOWN as DECODE_DOWN
 from decode.messages import FirstToken, Latents, checksum
 from kernels.transport.endpoint import Endpoint
-from kernels.transport.errors import ChannelError
+from kernels.transport.errors import ChannelError, ChannelTimeout
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import NAMES, as_bytes
 from prefill.request import PrefillRequest
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+UNSENT_BYTES_MAX = 128 << 20  # on one channel, before the outbox waits for the decode node
+UNSENT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,9 @@ class Outbox:
         self._endpoint = endpoint
         self._on_failed = on_failed
         self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._channels: dict[str, StreamChannel] = {}
+        self._unsent_bytes: Counter[StreamChannel] = Counter()
         self._thread: threading.Thread | None = None
 
     def put(self, parcel: Parcel) -> None:
@@ -61,10 +68,14 @@ class Outbox:
         while not self._parcels.empty():
             self._send(self._parcels.get())
 
-    def forget(self, channel: StreamChannel) -> None:
-        """Connect anew to a decode node whose channel has closed."""
-        for address in [address for address, known in self._channels.items() if known is channel]:
-            del self._channels[address]
+    def forget(self, channel: StreamChannel) -> list[str]:
+        """Connect anew to a decode node whose channel has closed; its address, if it was one."""
+        with self._lock:
+            lost = [address for address, known in self._channels.items() if known is channel]
+            for address in lost:
+                del self._channels[address]
+            self._unsent_bytes.pop(channel, None)
+        return lost
 
     def close(self) -> None:
         """Stop after what is queued."""
@@ -81,6 +92,8 @@ class Outbox:
                 self._on_failed(parcel.request)
 
     def _send(self, parcel: Parcel) -> None:
+        if parcel.request.is_dropped:
+            return
         asked = parcel.request.asked
         try:
             channel = self._channel(asked.decode_address)
@@ -90,13 +103,30 @@ class Outbox:
             data = as_bytes(parcel.latents)
             dtype = NAMES[parcel.latents.dtype]
             span = (parcel.layer, parcel.begin, parcel.end, dtype, checksum([data]))
+            self._wait_for_room(channel, data.nbytes)
             DECODE_DOWN.send(channel, Latents(asked.request_id, asked.generation, *span), [data])
         except ChannelError as error:
             logger.warning("%s: latents of %s: %s", self._endpoint.name, asked.request_id, error)
             self._on_failed(parcel.request)
 
+    def _wait_for_room(self, channel: StreamChannel, size_bytes: int) -> None:
+        """Let a decode node that falls behind catch up; raises ChannelTimeout, having closed its channel."""
+        with self._lock:
+            unsent = self._unsent_bytes[channel] if channel.has_pending else 0
+            self._unsent_bytes[channel] = unsent + size_bytes
+        if unsent + size_bytes <= UNSENT_BYTES_MAX or self._thread is None:
+            return
+        try:
+            channel.flush(UNSENT_TIMEOUT_S)
+        except ChannelTimeout:
+            channel.close()
+            raise
+
     def _channel(self, address: str) -> StreamChannel:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = self._endpoint.connect(address)
+        with self._lock:
+            channel = self._channels.get(address)
+        if channel is None or channel.fileno() < 0:  # it may have gone before it was entered here
+            channel = self._endpoint.connect(address, CONNECT_TIMEOUT_S)
+            with self._lock:
+                self._channels[address] = channel
         return channel

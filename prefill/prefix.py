@@ -1,6 +1,6 @@
 """What of a prompt is in pages already, and the ledger of this node's pages."""
 
-from kernels.model.pages import PAGE_TOKENS, PagePool, page_hashes, pages_for
+from kernels.model.pages import PAGE_TOKENS, PagePool, PagesExhausted, page_hashes, pages_for
 from prefill.request import PrefillRequest
 
 
@@ -19,12 +19,13 @@ class PrefixPages:
 
         The last token is always computed anew, since its hidden state is where the first output comes from.
         """
-        token_ids = request.asked.token_ids
-        hashes = page_hashes(token_ids)[: (len(token_ids) - 1) // PAGE_TOKENS]
-        known = self._pool.lease_cached(hashes)
+        tokens_count = len(request.asked.token_ids)
+        if request.page_hashes is None:
+            request.page_hashes = page_hashes(request.asked.token_ids)
+        known = self._pool.lease_cached(request.page_hashes[: (tokens_count - 1) // PAGE_TOKENS])
         try:
-            fresh = self._pool.lease(pages_for(len(token_ids)) - len(known))
-        except Exception:
+            fresh = self._pool.lease(pages_for(tokens_count) - len(known))
+        except PagesExhausted:
             self._pool.release(known)
             raise
         request.pages = known + fresh
@@ -32,7 +33,7 @@ class PrefixPages:
 
     def remember(self, request: PrefillRequest) -> None:
         """Let others find the full pages of a prompt that has been computed."""
-        for page, digest in zip(request.pages, page_hashes(request.asked.token_ids), strict=False):
+        for page, digest in zip(request.pages, request.page_hashes or (), strict=False):
             self._pool.remember(page, digest)
 
     def end(self, request: PrefillRequest) -> None:

@@ -18,6 +18,15 @@ class PrefillRequest:
     tokens_done_count: int = 0
     begun_s: float = 0.0
     computed_s: float = 0.0
+    page_hashes: list[bytes] | None = None
+    """Names of its full pages, once they were asked for."""
+    is_dropped: bool = False
+    """Whether it was cancelled or has failed, so that nothing more of it is sent or told."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Request id and generation, which no other request shares."""
+        return self.asked.request_id, self.asked.generation
 
     @property
     def tokens_left_count(self) -> int:

@@ -1,7 +1,7 @@
-"""One forward pass of a prefill node: chunks of several prompts at once, their latents given away layer by layer."""
+"""One forward pass of a prefill node: chunks of several prompts at once, latents leaving layer by layer."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -27,10 +27,12 @@ class PrefillStep:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> torch.Tensor:
-        """Logits `[ending, vocab]` float32 of the first token of each prompt that ends with one of the chunks."""
+        """Logits `[ending, vocab]` float32 of the first token of each prompt that ends with a chunk."""
         pieces, hidden = self.hidden(chunks, on_latents)
         ends = accumulate(chunk.tokens_count for chunk in pieces)
-        row_of = {id(piece.request): end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.is_last}
+        row_of = {
+            id(piece.request): end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.is_last
+        }
         rows = [row_of[id(chunk.request)] for chunk in chunks if chunk.is_last]
         return self.transformer.logits(hidden[rows]) if rows else hidden.new_empty(0, 0)
 
@@ -48,8 +50,10 @@ class PrefillStep:
 
     def _lane(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> Lane:
         borders = [0, *accumulate(chunk.tokens_count for chunk in chunks)]
-        rows = [slice(begin, end) for begin, end in zip(borders, borders[1:], strict=False)]
-        rotation = self.transformer.rotation(torch.cat([torch.arange(chunk.begin, chunk.end) for chunk in chunks]))
+        rows = [slice(begin, end) for begin, end in pairwise(borders)]
+        rotation = self.transformer.rotation(
+            torch.cat([torch.arange(chunk.begin, chunk.end) for chunk in chunks])
+        )
         places = [slots_of(chunk.request.pages, chunk.begin, chunk.end) for chunk in chunks]
         slots = torch.cat([as_index(place) for place in places])
         contexts = [slots_of(chunk.request.pages, 0, chunk.end) for chunk in chunks]
@@ -65,7 +69,9 @@ class PrefillStep:
             ]
             return torch.cat(mixed)
 
-        token_ids = [token for chunk in chunks for token in chunk.request.asked.token_ids[chunk.begin : chunk.end]]
+        token_ids = [
+            token for chunk in chunks for token in chunk.request.asked.token_ids[chunk.begin : chunk.end]
+        ]
         return self.transformer.lane(self.transformer.embed(token_ids), attend)
 
 

@@ -1,5 +1,6 @@
 """The latents a node holds: one allocation in pages, and where a request's tokens are in it."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ class LatentCache:
 
 
 def slots_of(pages: Sequence[int], begin: int, end: int) -> "slice | torch.Tensor":
-    """Slots of tokens `begin..end` of a request: a slice where its pages lie in a row, else an index int64."""
+    """Slots of a request's tokens `begin..end`: a slice where its pages lie in a row, else an index int64."""
     if not pages or is_row(pages):
         first = (pages[0] if pages else 0) * PAGE_TOKENS
         return slice(first + begin, first + end)
@@ -41,7 +42,7 @@ def slots_of(pages: Sequence[int], begin: int, end: int) -> "slice | torch.Tenso
 
 def is_row(pages: Sequence[int]) -> bool:
     """Whether pages are neighbours in ascending order."""
-    return all(after == before + 1 for before, after in zip(pages, pages[1:], strict=False))
+    return all(after == before + 1 for before, after in itertools.pairwise(pages))
 
 
 def page_runs(pages: Sequence[int], begin: int, end: int) -> list[slice]:

@@ -4,8 +4,8 @@ Every page is in one of three states: free; cached (nobody uses it, but its cont
 may be used again); leased (one or more owners). `free + cached + leased == total`, always.
 """
 
-import bisect
 import hashlib
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
@@ -39,12 +39,58 @@ def page_hashes(token_ids: Sequence[int]) -> list[bytes]:
     return hashes
 
 
+class FreePages:
+    """Free pages as rows of neighbours: taking one looks at rows, of which there are few, not at pages."""
+
+    def __init__(self, pages_count: int):
+        self.pages_count = pages_count
+        self._begins = [0] if pages_count else []  # sorted
+        self._end_of = {begin: pages_count for begin in self._begins}
+        self._begin_of = {end: begin for begin, end in self._end_of.items()}
+
+    def pages(self) -> list[int]:
+        """Every free page, in order."""
+        return [page for begin in self._begins for page in range(begin, self._end_of[begin])]
+
+    def add(self, page: int) -> None:
+        """Put a page back, and join the rows that it lies between."""
+        begin = self._begin_of.pop(page, page)
+        end = self._end_of.pop(page + 1, page + 1)
+        if end > page + 1:
+            del self._begins[bisect_left(self._begins, page + 1)]
+        if begin == page:
+            insort(self._begins, page)
+        self._end_of[begin], self._begin_of[end] = end, begin
+        self.pages_count += 1
+
+    def take(self, pages_count: int) -> list[int]:
+        """The first row of neighbours that is long enough, else pieces of rows from the start."""
+        row = next((begin for begin in self._begins if self._end_of[begin] - begin >= pages_count), None)
+        if row is not None:
+            return self._cut(row, pages_count)
+        pages: list[int] = []
+        while len(pages) < pages_count:
+            begin = self._begins[0]
+            pages += self._cut(begin, min(self._end_of[begin] - begin, pages_count - len(pages)))
+        return pages
+
+    def _cut(self, begin: int, pages_count: int) -> list[int]:
+        cut, end = begin + pages_count, self._end_of.pop(begin)
+        index = bisect_left(self._begins, begin)
+        if cut == end:
+            del self._begins[index], self._begin_of[end]
+        else:
+            self._begins[index], self._end_of[cut], self._begin_of[end] = cut, end, cut
+        self.pages_count -= pages_count
+        return list(range(begin, cut))
+
+
 class PagePool:
     """The ledger: pure bookkeeping, no tensors, no clock."""
 
     def __init__(self, pages_count: int):
         self.pages_count = pages_count
-        self._free = list(range(pages_count))  # sorted
+        self._free = FreePages(pages_count)
         self._owners: Counter[int] = Counter()
         self._cached: OrderedDict[int, bytes] = OrderedDict()  # unowned, oldest first
         self._page_of: dict[bytes, int] = {}
@@ -53,7 +99,7 @@ class PagePool:
     @property
     def pages_free_count(self) -> int:
         """Pages that hold nothing."""
-        return len(self._free)
+        return self._free.pages_count
 
     @property
     def pages_cached_count(self) -> int:
@@ -68,7 +114,7 @@ class PagePool:
     @property
     def pages_available_count(self) -> int:
         """Pages that could be leased now."""
-        return len(self._free) + len(self._cached)
+        return self._free.pages_count + len(self._cached)
 
     def lease(self, pages_count: int) -> list[int]:
         """Fresh pages for one owner, in a row where such a row is free; raises PagesExhausted."""
@@ -76,11 +122,9 @@ class PagePool:
             raise PagesExhausted(
                 f"{pages_count} pages wanted, {self.pages_available_count} of {self.pages_count} left"
             )
-        while len(self._free) < pages_count:
+        while self._free.pages_count < pages_count:
             self._evict_oldest()
-        begin = self._first_row(pages_count)
-        pages = self._free[begin : begin + pages_count]
-        del self._free[begin : begin + pages_count]
+        pages = self._free.take(pages_count)
         self._owners.update(pages)
         return pages
 
@@ -103,8 +147,11 @@ class PagePool:
             self._hash_of[page] = digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """One owner less for each page; raises PagesLost for a page that has none."""
-        for page in pages:
+        """One owner less for each page; raises PagesLost for a page that has none.
+
+        The last page goes first, and so is evicted first: without its beginning a prefix cannot be found.
+        """
+        for page in reversed(pages):
             if page not in self._owners:
                 raise PagesLost(f"page {page} was returned, but nobody holds it")
             self._owners[page] -= 1
@@ -115,7 +162,7 @@ class PagePool:
     def check(self) -> None:
         """Raises PagesLost, showing all three counts, if the books do not balance."""
         free, cached, leased = self.pages_free_count, self.pages_cached_count, self.pages_leased_count
-        every = set(self._free) | set(self._cached) | set(self._owners)
+        every = set(self._free.pages()) | set(self._cached) | set(self._owners)
         if free + cached + leased != self.pages_count or len(every) != self.pages_count:
             raise PagesLost(f"{free} free + {cached} cached + {leased} leased != {self.pages_count} pages")
 
@@ -123,19 +170,9 @@ class PagePool:
         if page in self._hash_of:
             self._cached[page] = self._hash_of[page]
         else:
-            bisect.insort(self._free, page)
+            self._free.add(page)
 
     def _evict_oldest(self) -> None:
         page, digest = self._cached.popitem(last=False)
         del self._page_of[digest], self._hash_of[page]
-        bisect.insort(self._free, page)
-
-    def _first_row(self, pages_count: int) -> int:
-        """Where in the free list the first row of neighbours begins that is long enough, else its start."""
-        free, begin = self._free, 0
-        for index in range(1, len(free) + 1):
-            if index - begin >= pages_count:
-                return begin
-            if index < len(free) and free[index] != free[index - 1] + 1:
-                begin = index
-        return 0
+        self._free.add(page)
