@@ -73,6 +73,8 @@ def decode_prefix(data: bytes | bytearray | memoryview, limits: FrameLimits) -> 
     magic, header_bytes, payload_bytes = PREFIX.unpack(data)
     if magic != MAGIC:
         raise FrameMalformed("the first bytes are not those of a frame")
+    if header_bytes == 0:
+        raise FrameMalformed("a frame has no header")
     if header_bytes > limits.header_bytes_max:
         raise FrameTooLarge(f"header of {header_bytes} bytes, the limit is {limits.header_bytes_max}")
     if payload_bytes > limits.payload_bytes_max:
