@@ -8,8 +8,10 @@ import contextlib
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placeme
 from kernels.model.moe import mix
 from kernels.ops.sort_by_expert import sort_by_expert
 from kernels.transport.connect import connect
-from kernels.transport.errors import ChannelError
+from kernels.transport.errors import ChannelError, FrameMalformed
 from kernels.transport.frame import Frame, Header
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
@@ -32,7 +34,9 @@ class Route:
     """A placement in the form that dispatch needs: experts ordered by shard, so that one sort serves both."""
 
     def __init__(self, placement: Placement):
-        self.placement = placement
+        self.epoch = placement.epoch
+        self._first_layer = placement.first_layer
+        self.addresses = [shard.address for shard in placement.shards]
         self._ranks: list[torch.Tensor] = []
         self._experts: list[list[int]] = []
         self._homes: list[tuple[int, ...]] = []
@@ -46,16 +50,16 @@ class Route:
 
     def split(
         self, layer: int, expert_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, list[tuple[int, list[int], list[int]]]]:
+    ) -> tuple[torch.Tensor, list[tuple[int, tuple[int, ...], tuple[int, ...]]]]:
         """Order of the slots by shard and expert, and for each shard its index, experts and slot counts."""
-        index = layer - self.placement.first_layer
+        index = layer - self._first_layer
         order, ranks, counts = sort_by_expert(self._ranks[index][expert_ids])
         pairs = [(self._experts[index][rank], count) for rank, count in zip(ranks, counts, strict=True)]
         by_shard = itertools.groupby(pairs, key=lambda pair: self._homes[index][pair[0]])
-        return order, [(shard, *map(list, zip(*group, strict=True))) for shard, group in by_shard]
+        return order, [(shard, *zip(*group, strict=True)) for shard, group in by_shard]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Part:
     """What one shard has of a call: where its answer goes, and whether it is here."""
 
@@ -63,6 +67,7 @@ class Part:
     channel: StreamChannel
     outputs: torch.Tensor
     done: bool = False
+    refusal: str | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +82,7 @@ class Call:
     end_s: float
     order: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
-    parts: dict[int, Part] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
 
     def combine(self) -> torch.Tensor:
         """Wait for all shards and mix, `[tokens, hidden]` float32; raises ExpertsUnavailable."""
@@ -88,28 +93,28 @@ class Call:
 
 
 class RemoteExperts:
-    """The plug of a node into its shard group; one thread dispatches, any thread may bring a new placement."""
+    """The plug of a node into its shard group; one thread dispatches, any one may bring a new placement."""
 
     def __init__(self, config: DispatchConfig):
         self.config = config
         self._route: Route | None = None
         self._placed = threading.Condition()
         self._channels: dict[str, StreamChannel] = {}
-        self._parts: dict[int, Part] = {}
+        self._parts: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()  # of living calls
         self._call_ids: Iterator[int] = itertools.count(1)
         self.retries_count = 0
 
     def adopt(self, placement: Placement) -> None:
         """Go by a newer placement from the next dispatch on."""
         with self._placed:
-            if self._route is None or placement.epoch > self._route.placement.epoch:
+            if self._route is None or placement.epoch > self._route.epoch:
                 self._route = Route(placement)
                 self._placed.notify_all()
 
     @property
     def epoch(self) -> int:
         """Epoch of the placement in force; 0 before the first."""
-        return self._route.placement.epoch if self._route else 0
+        return self._route.epoch if self._route else 0
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
@@ -119,7 +124,7 @@ class RemoteExperts:
         try:
             self._send(call)
         except ChannelError:
-            self._forget(call)  # sent anew when it is waited for
+            call.parts = []  # sent anew when it is waited for
         return call
 
     def finish(self, call: Call) -> None:
@@ -128,18 +133,18 @@ class RemoteExperts:
             try:
                 if not call.parts:
                     self._send(call)
-                for part in call.parts.values():
+                for part in call.parts:
                     self._receive(part, call.end_s)
                 return
             except (ChannelError, DispatchRefused) as error:
                 self.retries_count += 1
                 if time.monotonic() + RETRY_S > call.end_s:
                     raise ExpertsUnavailable(
-                        f"no answer from the experts in {self.config.timeout_s} s"
+                        f"layer {call.layer}: no answer within {self.config.timeout_s} s: {error}"
                     ) from error
                 time.sleep(RETRY_S)
             finally:
-                self._forget(call)
+                call.parts = []
 
     def close(self) -> None:
         """Close the channels to all shards."""
@@ -155,33 +160,47 @@ class RemoteExperts:
 
     def _send(self, call: Call) -> None:
         route = self._current_route(call.end_s)
+        self._leave_old_shards(route)
         call.order, by_shard = route.split(call.layer, call.expert_ids)
-        choices = call.expert_ids.shape[1]
         call.outputs = call.hidden.new_empty(len(call.order), call.hidden.shape[1])
-        rows = (call.order // choices).to(torch.int32)
-        begin = 0
-        for shard, experts, counts in by_shard:
-            end = begin + sum(counts)
-            address = route.placement.shards[shard].address
-            call_id = next(self._call_ids)
-            part = Part(address, self._channel(address), call.outputs[begin:end])
-            call.parts[call_id] = self._parts[call_id] = part
-            hidden, part_rows = only_needed(call.hidden, rows[begin:end], len(by_shard) == 1)
-            header = DispatchHeader(
-                call_id, route.placement.epoch, call.layer, hidden.shape[0], tuple(experts), tuple(counts)
-            )
+        rows = (call.order // call.expert_ids.shape[1]).to(torch.int32)
+        ends = itertools.accumulate(sum(counts) for _, _, counts in by_shard)
+        slots = [slice(begin, end) for begin, end in itertools.pairwise((0, *ends))]
+        # all channels first: nobody computes in vain for a call of which one shard cannot be reached
+        call.parts = [
+            self._part(route.addresses[shard], call.outputs[some], call.end_s)
+            for (shard, _, _), some in zip(by_shard, slots, strict=True)
+        ]
+        for part, (_, experts, counts), some in zip(call.parts, by_shard, slots, strict=True):
+            hidden, part_rows = only_needed(call.hidden, rows[some])
+            header = DispatchHeader(self._number(part), route.epoch, call.layer, len(hidden), experts, counts)
             with self._dropped_on_error(part):
                 part.channel.send(DISPATCH, header.body(), [as_bytes(hidden), as_bytes(part_rows)])
-            begin = end
-        for part in call.parts.values():
-            with self._dropped_on_error(part):
-                part.channel.flush(max(call.end_s - time.monotonic(), 0))
+        for part in call.parts:
+            if part.channel.has_pending:
+                with self._dropped_on_error(part):
+                    part.channel.flush(max(call.end_s - time.monotonic(), 0))
+
+    def _part(self, address: str, outputs: torch.Tensor, end_s: float) -> Part:
+        channel = self._channels.get(address)
+        if channel is None:
+            timeout_s = min(CONNECT_TIMEOUT_S, max(end_s - time.monotonic(), RETRY_S))
+            channel = connect(address, self.config.secret, self.config.name, timeout_s)
+            self._channels[address] = channel
+        return Part(address, channel, outputs)
+
+    def _number(self, part: Part) -> int:
+        """A new number, by which the answer will find the part for as long as its call lives."""
+        call_id = next(self._call_ids)
+        self._parts[call_id] = part
+        return call_id
 
     def _receive(self, part: Part, end_s: float) -> None:
         with self._dropped_on_error(part):
             while not part.done:
-                frame = part.channel.receive(max(end_s - time.monotonic(), 0), self._choose_buffers)
-                self._accept(frame)
+                if part.refusal is not None:
+                    raise DispatchRefused(part.refusal)
+                self._accept(part.channel.receive(max(end_s - time.monotonic(), 0), self._choose_buffers))
 
     @contextlib.contextmanager
     def _dropped_on_error(self, part: Part) -> Iterator[None]:
@@ -195,39 +214,42 @@ class RemoteExperts:
             raise
 
     def _choose_buffers(self, header: Header) -> list[memoryview] | None:
-        if header.kind != COMBINE:
-            return [memoryview(bytearray(header.payload_bytes))]
-        part = self._parts.get(header.body[0])
-        if part is None or header.payload_bytes != part.outputs.nbytes:
+        part = self._part_of(header.body)
+        if part is None:
             return None  # an answer to a call that was given up
-        return [as_bytes(part.outputs)]
+        buffers = [as_bytes(part.outputs)] if header.kind == COMBINE else []
+        if header.kind not in (COMBINE, REFUSED) or header.payload_bytes != sum(map(len, buffers)):
+            raise FrameMalformed(f"{header.kind!r:.40} of {header.payload_bytes} bytes answers no dispatch")
+        return buffers
 
     def _accept(self, frame: Frame) -> None:
-        part = self._parts.get(frame.body[0])
-        if part is None or frame.refused:
+        """Note what has come, for whichever call on this channel it is."""
+        part = self._part_of(frame.body)
+        if part is None:
             return
         if frame.kind == REFUSED:
-            raise DispatchRefused(frame.body[1])
-        part.done = True
+            part.refusal = str(frame.body[-1])
+        else:
+            part.done = True
 
-    def _channel(self, address: str) -> StreamChannel:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = connect(address, self.config.secret, self.config.name, CONNECT_TIMEOUT_S)
-            self._channels[address] = channel
-        return channel
+    def _part_of(self, body: Any) -> Part | None:
+        match body:
+            case [int() as call_id, *_]:
+                return self._parts.get(call_id)
+        raise FrameMalformed("an answer does not say to which dispatch")
 
-    def _forget(self, call: Call) -> None:
-        for call_id in call.parts:
-            self._parts.pop(call_id, None)
-        call.parts = {}
+    def _leave_old_shards(self, route: Route) -> None:
+        """Close channels to shards that the placement no longer names, once no call waits there."""
+        if len(self._channels) <= len(route.addresses):
+            return
+        waiting = {part.address for part in self._parts.values() if not part.done}
+        for address in self._channels.keys() - waiting - set(route.addresses):
+            self._channels.pop(address).close()
 
 
-def only_needed(
-    hidden: torch.Tensor, rows: torch.Tensor, all_of_them: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that `rows [slots]` name, each once, and the rows among those."""
-    if all_of_them:
+def only_needed(hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of `hidden` that `rows [slots]` name, and the rows among those; all where most are named."""
+    if len(rows) >= len(hidden):
         return hidden.contiguous(), rows
     needed, renamed = torch.unique(rows, return_inverse=True)
     return hidden[needed], renamed.to(torch.int32)

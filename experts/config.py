@@ -14,7 +14,7 @@ class ShardConfig:
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """How a node reaches shards: its own name there, the cluster's secret, and how long it waits and retries."""
+    """How a node reaches shards: its own name there, the cluster's secret, how long it waits and retries."""
 
     name: str
     secret: str

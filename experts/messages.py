@@ -1,7 +1,7 @@
 """What nodes and shards say to each other, and the table that both go by.
 
-dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert]   parts: hidden, token of each slot
-combine   [call id]                                                           parts: outputs, slot after slot
+dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert]  parts: hidden, token of each slot
+combine   [call id]                                                          parts: outputs, slot after slot
 refused   [call id, reason]
 """
 
@@ -42,7 +42,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class DispatchHeader:
-    """The header of one dispatch; slots are sorted by expert, `slot_counts[i]` of them for `expert_ids[i]`."""
+    """The header of one dispatch; its slots go by expert, `slot_counts[i]` of them to `expert_ids[i]`."""
 
     call_id: int
     epoch: int
@@ -64,10 +64,12 @@ class DispatchHeader:
     def from_body(body: Any) -> "DispatchHeader":
         """Read a header that has travelled; raises ValueError for one that is not of this form."""
         match body:
-            case [int(), int(), int(), int() as tokens, list() as experts, list() as counts] if tokens > 0:
-                whole = all(type(number) is int and number >= 0 for number in (*experts, *counts))
-                if whole and len(experts) == len(counts) and len(set(experts)) == len(experts):
-                    return DispatchHeader(*body[:4], tuple(experts), tuple(counts))
+            case [call_id, epoch, layer, tokens_count, [_, *_] as experts, list() as counts]:
+                at_least_0, at_least_1 = (call_id, epoch, layer, *experts), (tokens_count, *counts)
+                whole = all(type(number) is int for number in at_least_0 + at_least_1)
+                paired = len(experts) == len(counts) and len(set(experts)) == len(experts)
+                if whole and paired and min(at_least_0) >= 0 and min(at_least_1) >= 1:
+                    return DispatchHeader(call_id, epoch, layer, tokens_count, tuple(experts), tuple(counts))
         raise ValueError("the header of a dispatch is malformed")
 
 

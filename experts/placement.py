@@ -8,7 +8,7 @@ from experts.messages import Placement, ShardAddress
 def even_placement(
     shards: Sequence[ShardAddress], first_layer: int, layers_count: int, experts_count: int, epoch: int
 ) -> Placement:
-    """Neighbouring experts together, each shard with as many as any other, give or take one; raises ValueError."""
+    """Neighbouring experts together, each shard with as many as any other, or one more; raises ValueError."""
     if not 0 < len(shards) <= experts_count:
         raise ValueError(
             f"{len(shards)} shards for {experts_count} experts: there must be 1 to {experts_count}"

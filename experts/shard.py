@@ -3,7 +3,8 @@
 import logging
 import threading
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,9 +14,9 @@ from experts.load import ExpertLoad
 from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement, ShardReport
 from experts.weights import ExpertWeights, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
-from kernels.ops.expert_mlp import expert_mlp
+from kernels.ops.expert_mlp import GatedWeights, expert_mlp
 from kernels.transport.endpoint import Endpoint
-from kernels.transport.errors import ChannelError
+from kernels.transport.errors import ChannelError, FrameMalformed
 from kernels.transport.frame import Frame
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes, from_bytes
@@ -33,6 +34,33 @@ class Dispatch:
     header: DispatchHeader
     hidden: torch.Tensor
     rows: torch.Tensor
+    weights: list[GatedWeights]
+    """Of its experts, taken on arrival: a placement adopted meanwhile changes nothing for it."""
+
+
+@dataclass(slots=True)
+class Holding:
+    """The experts of the newest placement, and those of earlier ones until a node goes by the newest.
+
+    Nodes do that only when every shard has loaded its part, and until then the earlier placement must work.
+    """
+
+    epoch: int = 0
+    experts: ExpertWeights = field(default_factory=dict)
+    leaving: ExpertWeights = field(default_factory=dict)
+
+    def weights_of(self, header: DispatchHeader) -> list[GatedWeights]:
+        """Weights of the experts that a dispatch names; raises DispatchRefused."""
+        if header.epoch > self.epoch:
+            raise DispatchRefused(f"epoch {header.epoch} is not here yet, {self.epoch} is")
+        if header.epoch == self.epoch and self.leaving:
+            self.leaving = {}
+        keys = [(header.layer, expert) for expert in header.expert_ids]
+        found = [self.experts.get(key) or self.leaving.get(key) for key in keys]
+        if None in found:
+            expert = header.expert_ids[found.index(None)]
+            raise DispatchRefused(f"expert {expert} of layer {header.layer} is not on this shard")
+        return found
 
 
 class ExpertShard:
@@ -41,11 +69,10 @@ class ExpertShard:
     def __init__(self, config: ShardConfig, checkpoint: Checkpoint, dtype: torch.dtype):
         model = checkpoint.config
         self.config = config
-        self.epoch = 0
         self.load = ExpertLoad(model.dense_layers_count, len(model.moe_layers), model.routed_experts_count)
         self._checkpoint = checkpoint
         self._dtype = dtype
-        self._experts: ExpertWeights = {}
+        self._holding = Holding()
         self._arrived: list[Dispatch] = []
         self._dispatches_count = 0
         self._refused_count = 0
@@ -58,15 +85,27 @@ class ExpertShard:
         """Where nodes connect."""
         return self._endpoint.address
 
+    @property
+    def epoch(self) -> int:
+        """Epoch of the newest placement that is loaded; 0 before the first."""
+        return self._holding.epoch
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread serves."""
+        return self._thread is not None and self._thread.is_alive()
+
     def adopt(self, placement: Placement, on_progress: ProgressCallback | None = None) -> None:
-        """Load what a newer placement gives this shard, then go by it; the rest is dropped. Any one thread."""
-        if placement.epoch <= self.epoch:
+        """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread."""
+        before = self._holding
+        if placement.epoch <= before.epoch:
             return
+        held = before.leaving | before.experts
         wanted = placement.experts_of(self.config.name)
-        missing = [expert for expert in wanted if expert not in self._experts]
-        loaded = load_experts(self._checkpoint, missing, self._dtype, on_progress)
-        self._experts = {expert: loaded.get(expert) or self._experts[expert] for expert in wanted}
-        self.epoch = placement.epoch
+        missing = [expert for expert in wanted if expert not in held]
+        held |= load_experts(self._checkpoint, missing, self._dtype, on_progress)
+        experts = {expert: held.pop(expert) for expert in wanted}
+        self._holding = Holding(placement.epoch, experts, leaving=held)
 
     def start(self) -> None:
         """Serve in a thread of its own until closed."""
@@ -74,14 +113,14 @@ class ExpertShard:
         self._thread.start()
 
     def step(self, timeout_s: float) -> int:
-        """Take what has come within `timeout_s`, compute it layer by layer, and answer; how many dispatches."""
+        """Take what comes within `timeout_s`, compute it layer by layer, and answer; how many dispatches."""
         self._endpoint.poll(timeout_s)
         arrived, self._arrived = self._arrived, []
         by_layer: dict[int, list[Dispatch]] = defaultdict(list)
         for dispatch in arrived:
             by_layer[dispatch.header.layer].append(dispatch)
         for layer, dispatches in by_layer.items():
-            self._compute(layer, dispatches)
+            self._serve(layer, dispatches)
         return len(arrived)
 
     def report(self) -> ShardReport:
@@ -90,7 +129,7 @@ class ExpertShard:
             name=self.config.name,
             address=self.address,
             epoch=self.epoch,
-            experts_count=len(self._experts),
+            experts_count=len(self._holding.experts),
             dispatches_count=self._dispatches_count,
             slots_count=self.load.slots_count,
             refused_count=self._refused_count + self._endpoint.counts.refused_peers_count,
@@ -114,54 +153,62 @@ class ExpertShard:
 
     def _on_frame(self, channel: StreamChannel, frame: Frame) -> None:
         if frame.kind != DISPATCH:
-            raise ChannelError(f"a shard takes no {frame.kind!r}")
-        header = DispatchHeader.from_body(frame.body)
+            raise FrameMalformed(f"a shard takes no {frame.kind!r:.40}")
         try:
-            self._check(header)
+            header = DispatchHeader.from_body(frame.body)
+            hidden, rows = self._tensors(header, frame.parts)
+        except ValueError as error:
+            raise FrameMalformed(f"a dispatch of no use: {error}") from error
+        try:
+            weights = self._holding.weights_of(header)
         except DispatchRefused as refusal:
-            self._refused_count += 1
-            channel.send(REFUSED, [header.call_id, str(refusal)])
-            return
-        hidden, rows = frame.parts
+            self._refuse(channel, header, str(refusal))
+        else:
+            self._arrived.append(Dispatch(channel, header, hidden, rows, weights))
+
+    def _tensors(
+        self, header: DispatchHeader, parts: Sequence[memoryview]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[tokens, hidden]` and each slot's row among them `[slots]`; raises ValueError."""
+        hidden, rows = parts
         size = self._checkpoint.config.hidden_size
-        dispatch = Dispatch(
-            channel,
-            header,
-            from_bytes(hidden, self._dtype, (header.tokens_count, size)),
-            from_bytes(rows, torch.int32, (header.slots_count,)),
-        )
-        if (
-            header.slots_count
-            and not 0 <= int(dispatch.rows.min()) <= int(dispatch.rows.max()) < header.tokens_count
-        ):
+        hidden = from_bytes(hidden, self._dtype, (header.tokens_count, size))
+        rows = from_bytes(rows, torch.int32, (header.slots_count,))
+        if int(rows.min()) < 0 or int(rows.max()) >= header.tokens_count:
             raise ValueError("a slot names a token that was not sent")
-        self._arrived.append(dispatch)
+        return hidden, rows
 
-    def _check(self, header: DispatchHeader) -> None:
-        if header.epoch > self.epoch:
-            raise DispatchRefused(f"epoch {header.epoch} is not here yet, {self.epoch} is")
-        missing = [expert for expert in header.expert_ids if (header.layer, expert) not in self._experts]
-        if missing:
-            raise DispatchRefused(f"expert {missing[0]} of layer {header.layer} is not on this shard")
+    def _refuse(self, channel: StreamChannel, header: DispatchHeader, reason: str) -> None:
+        self._refused_count += 1
+        self._answer(channel, REFUSED, [header.call_id, reason])
 
-    def _compute(self, layer: int, dispatches: list[Dispatch]) -> None:
+    def _answer(
+        self, channel: StreamChannel, kind: str, body: list, parts: Sequence[memoryview] = ()
+    ) -> None:
+        try:
+            channel.send(kind, body, parts)
+        except ChannelError as error:
+            logger.info("%s: %s did not wait for its answer: %s", self.config.name, channel.peer, error)
+
+    def _serve(self, layer: int, dispatches: list[Dispatch]) -> None:
         self._dispatches_count += len(dispatches)
-        outputs = (
-            [self._compute_one(layer, dispatches[0])]
-            if len(dispatches) == 1
-            else self._together(layer, dispatches)
-        )
+        try:
+            outputs = self._compute(layer, dispatches)
+        except Exception:
+            logger.exception("%s: layer %s could not be computed", self.config.name, layer)
+            for dispatch in dispatches:
+                self._refuse(dispatch.channel, dispatch.header, "the shard failed to compute it")
+            return
         for dispatch, output in zip(dispatches, outputs, strict=True):
-            try:
-                dispatch.channel.send(COMBINE, [dispatch.header.call_id], [as_bytes(output)])
-            except ChannelError as error:
-                logger.info(
-                    "%s: %s did not wait for its answer: %s", self.config.name, dispatch.channel.peer, error
-                )
+            self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [as_bytes(output)])
 
-    def _compute_one(self, layer: int, dispatch: Dispatch) -> torch.Tensor:
+    def _compute(self, layer: int, dispatches: list[Dispatch]) -> list[torch.Tensor]:
+        if len(dispatches) > 1:
+            return self._together(layer, dispatches)
+        [dispatch] = dispatches
         header = dispatch.header
-        return self._outputs(layer, dispatch.hidden, dispatch.rows, header.expert_ids, header.slot_counts)
+        self.load.add(layer, header.expert_ids, header.slot_counts)
+        return [expert_mlp(dispatch.hidden, dispatch.rows, dispatch.weights, header.slot_counts)]
 
     def _together(self, layer: int, dispatches: list[Dispatch]) -> list[torch.Tensor]:
         """Several nodes' slots merged by expert, so that each expert's weights are read once."""
@@ -174,15 +221,23 @@ class ExpertShard:
         experts = torch.cat([slot_experts(dispatch.header) for dispatch in dispatches])
         order = experts.argsort(stable=True)
         present, counts = torch.unique_consecutive(experts[order], return_counts=True)
+        present, counts = present.tolist(), counts.tolist()
+        self.load.add(layer, present, counts)
+        weights = weights_by_expert(dispatches)
         hidden = torch.cat([dispatch.hidden for dispatch in dispatches])
-        in_order = self._outputs(layer, hidden, rows[order], present.tolist(), counts.tolist())
+        in_order = expert_mlp(hidden, rows[order], [weights[expert] for expert in present], counts)
         outputs = torch.empty_like(in_order)
         outputs[order] = in_order
         return list(outputs.split([dispatch.header.slots_count for dispatch in dispatches]))
 
-    def _outputs(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor, experts, counts) -> torch.Tensor:
-        self.load.add(layer, experts, counts)
-        return expert_mlp(hidden, rows, [self._experts[layer, expert] for expert in experts], counts)
+
+def weights_by_expert(dispatches: Sequence[Dispatch]) -> dict[int, GatedWeights]:
+    """Weights of all experts that some dispatches of one layer name."""
+    return {
+        expert: weights
+        for dispatch in dispatches
+        for expert, weights in zip(dispatch.header.expert_ids, dispatch.weights, strict=True)
+    }
 
 
 def slot_experts(header: DispatchHeader) -> torch.Tensor:

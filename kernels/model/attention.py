@@ -59,7 +59,7 @@ class LatentAttention:
         return torch.cat([query_bias, latent_bias])
 
     def compress(self, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[tokens, heads, nope + rope]` and latents `[tokens, latent_dim]` of `hidden [tokens, hidden]`."""
+        """Queries `[tokens, heads, nope + rope]` and latents `[tokens, latent_dim]` of `hidden`."""
         config = self.config
         down = linear(hidden, self._down, self._down_bias)
         query, latent = down[:, : -config.latent_dim], down[:, -config.latent_dim :]
@@ -73,9 +73,9 @@ class LatentAttention:
         return queries, torch.cat([value, self._rotate(key, rotation)], dim=-1)
 
     def expand(self, queries: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Causal attention of one prompt's last chunk over `context [context, latent_dim]`, to `[chunk, hidden in]`.
+        """Causal attention of a prompt's last chunk over `context [context, latent_dim]`, which ends with it.
 
-        The context ends with the chunk; the result goes into `project`.
+        The result, `[chunk, heads * v]`, goes into `project`.
         """
         config = self.config
         value, key = context.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)

@@ -12,7 +12,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def rope_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
-    """Turns per position of each pair of `dim` dimensions, `[dim / 2]` float32, stretched by YaRN if asked."""
+    """Radians per position of each pair of `dim` dimensions, `[dim / 2]` float32, stretched by YaRN."""
     powers = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if rope.yarn is None:
         return 1.0 / powers

@@ -28,7 +28,7 @@ class RoutedExperts(Protocol):
 
 
 def mix(outputs: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
-    """Sum of `outputs [tokens * choices, hidden]` by `expert_weights [tokens, choices]`, in float32, choices in order."""
+    """Sum of `outputs [tokens * choices, hidden]` by `expert_weights [tokens, choices]`, in float32."""
     by_choice = outputs.view(*expert_weights.shape, -1).float()
     return (by_choice * expert_weights.unsqueeze(-1)).sum(dim=1)
 

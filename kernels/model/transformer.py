@@ -72,7 +72,7 @@ class Transformer:
         return Rotation(*rotation(positions, self._frequencies, self._rope_scale))
 
     def lane(self, hidden: torch.Tensor, attend: Attend) -> Lane:
-        """Carry `hidden [tokens, hidden]` through all layers, pausing while routed experts have its tokens."""
+        """Carry `hidden [tokens, hidden]` through all layers, pausing while the routed experts have it."""
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self.layers):
             normed = rms_norm(hidden, layer.before_attention, eps)
@@ -89,7 +89,7 @@ class Transformer:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token, `[rows, vocab]` float32, from the last layer's `hidden [rows, hidden]`."""
+        """Scores of the next token, `[rows, vocab]` float32, of the last layer's `hidden [rows, hidden]`."""
         return linear(rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._head).float()
 
 

@@ -20,7 +20,7 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def linear_by_head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`hidden [rows, heads, in]` times `weight [heads, in, out]`, to `[rows, heads, out]`; rows as in `linear`."""
+    """`hidden [rows, heads, in]` by `weight [heads, in, out]`, `[rows, heads, out]`; rows as in `linear`."""
     rows_count = hidden.shape[0]
     missing = rows_missing(rows_count, hidden.device)
     if missing:

@@ -14,7 +14,7 @@ Slots = slice | torch.Tensor
 def mla_decode(
     queries: torch.Tensor, latents: torch.Tensor, contexts: Sequence[Slots], value_dim: int, scale: float
 ) -> torch.Tensor:
-    """`queries [requests, heads, latent]` over one layer's `latents [slots, latent]`, to `[requests, heads, value]`.
+    """`queries [requests, heads, latent]` over `latents [slots, latent]`, to `[requests, heads, value]`.
 
     `contexts` names each request's slots in order: a slice where its pages lie in a row, else an index.
     """

@@ -12,7 +12,7 @@ TILE_TOKENS = 64
 def mla_prefill(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of the last `queries [chunk, heads, qk]` over `keys [context, heads, qk]`, to `[chunk, heads, v]`.
+    """The last `queries [chunk, heads, qk]` over `keys [context, heads, qk]` to `[chunk, heads, v]`.
 
     The chunk is the end of the context and begins at a page border: `context - chunk` is a multiple of 64.
     """

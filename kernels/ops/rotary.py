@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of dimensions turned by an angle that grows with the position (arXiv 2104.09864)."""
+"""Rotary positions: pairs of dimensions turned by angles that grow with the position (arXiv 2104.09864)."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def rotation(
     positions: torch.Tensor, frequencies: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[tokens, pairs]`, times `scale`, for `positions [tokens]` and `frequencies [pairs]`."""
+    """Cosines and sines `[tokens, pairs]` of `positions [tokens]` by `frequencies [pairs]`, times `scale`."""
     angles = positions.to(torch.float32).unsqueeze(1) * frequencies
     return angles.cos() * scale, angles.sin() * scale
 

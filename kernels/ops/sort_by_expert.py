@@ -4,7 +4,7 @@ import torch
 
 
 def sort_by_expert(expert_ids: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Stable order of the slots of `expert_ids [tokens, choices]`, the experts present, and each one's slot count."""
+    """Stable order of the slots of `expert_ids [tokens, choices]`, the experts present, their slot counts."""
     flat = expert_ids.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat).tolist()
