@@ -9,16 +9,17 @@ from prefill.request import Chunk, PrefillRequest
 class PrefillBatcher:
     """Prompts under way, cut into chunks at page borders under a budget of tokens.
 
-    Every prompt under way gets an equal share of each step, and what short ones leave goes to the first in
-    line: so a long prompt does not hold up short ones, nor many short ones a long one. Where there are more
-    prompts than pages in a step, those that had no share move to the front of the line.
+    Every prompt under way gets an equal share of each step, and what short ones leave goes to the oldest.
+    Where there are more prompts than pages in a step, the oldest has a share in each and the others take turns.
+    So a long prompt does not hold up short ones, nor many short ones a long one.
     """
 
     def __init__(self, step_tokens_max: int, requests_max: int):
         self.step_tokens_max = max(step_tokens_max, PAGE_TOKENS)
         self.requests_max = requests_max
         self._waiting: list[PrefillRequest] = []
-        self._running: list[PrefillRequest] = []
+        self._running: list[PrefillRequest] = []  # oldest first
+        self._steps_count = 0
 
     @property
     def requests_waiting_count(self) -> int:
@@ -47,25 +48,26 @@ class PrefillBatcher:
         """Move a prompt that now has its pages from waiting to under way."""
         self._waiting.remove(request)
         self._running.append(request)
+        request.last_step = self._steps_count  # its turn comes after those that were here
 
     def next_batch(self) -> list[Chunk]:
-        """Chunks of the next step, first in line first; empty when there is nothing to do."""
-        shares = self._shares()
-        taken = self._running[: len(shares)]
+        """Chunks of the next step, oldest prompt first; empty when there is nothing to do."""
+        in_line = self._in_line()
+        shares = self._shares([request.tokens_left_count for request in in_line])
         return [
             Chunk(request, request.tokens_done_count, request.tokens_done_count + share)
-            for request, share in zip(taken, shares, strict=True)
+            for request, share in zip(in_line, shares, strict=True)
             if share
         ]
 
     def finish(self, chunks: list[Chunk]) -> list[PrefillRequest]:
         """Note that chunks were computed; the prompts that are complete with them leave."""
+        self._steps_count += 1
         for chunk in chunks:
             chunk.request.tokens_done_count = chunk.end
+            chunk.request.last_step = self._steps_count
         complete = [chunk.request for chunk in chunks if chunk.is_last]
-        served = {id(chunk.request) for chunk in chunks}
-        left = [request for request in self._running if request.tokens_left_count]
-        self._running = sorted(left, key=lambda request: id(request) in served)
+        self._running = [request for request in self._running if request.tokens_left_count]
         return complete
 
     def remove(self, request: PrefillRequest) -> None:
@@ -78,19 +80,24 @@ class PrefillBatcher:
         """Prompts under way and waiting."""
         return [*self._running, *self._waiting]
 
-    def _shares(self) -> list[int]:
-        """Tokens of the next step for each of the first prompts: whole pages, or all that is left of one."""
+    def _in_line(self) -> list[PrefillRequest]:
+        """Prompts under way: the oldest, then those whose last share is longest ago."""
         pages_max = self.step_tokens_max // PAGE_TOKENS
-        taken = self._running[:pages_max]
-        if not taken:
-            return []
-        fair = pages_max // len(taken) * PAGE_TOKENS
-        shares = [min(request.tokens_left_count, fair) for request in taken]
-        left = self.step_tokens_max - sum(shares)
-        for index, request in enumerate(taken):
-            more = min(request.tokens_left_count - shares[index], left)
-            if more < request.tokens_left_count - shares[index]:
+        if len(self._running) <= pages_max:
+            return self._running
+        oldest = self._running[: min(pages_max - 1, 1)]
+        return oldest + sorted(self._running[len(oldest) :], key=lambda request: request.last_step)
+
+    def _shares(self, lefts: list[int]) -> list[int]:
+        """Tokens of the next step for prompts with so many left: whole pages, or all that is left of one."""
+        pages_max = self.step_tokens_max // PAGE_TOKENS
+        fair = pages_max // max(min(len(lefts), pages_max), 1) * PAGE_TOKENS
+        shares = [min(left, fair) for left in lefts[:pages_max]] + [0] * (len(lefts) - pages_max)
+        room = self.step_tokens_max - sum(shares)
+        for index, left in enumerate(lefts):
+            more = min(left - shares[index], room)
+            if more < left - shares[index]:
                 more -= more % PAGE_TOKENS
             shares[index] += more
-            left -= more
+            room -= more
         return shares

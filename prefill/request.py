@@ -18,6 +18,8 @@ class PrefillRequest:
     tokens_done_count: int = 0
     begun_s: float = 0.0
     computed_s: float = 0.0
+    last_step: int = 0
+    """The batcher's step in which it last had a share, or began."""
     page_hashes: list[bytes] | None = None
     """Names of its full pages, once they were asked for."""
     is_dropped: bool = False
