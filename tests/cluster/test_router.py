@@ -1,4 +1,4 @@
-"""Each step of a request, and each way to lose one, as a short story with nodes that say what the test wants."""
+"""Each step of a request, and each way to lose one, as a short story; its nodes say what the test wants."""
 
 from dataclasses import dataclass, field
 
@@ -115,7 +115,9 @@ class Story:
 
     def failed(self, name: str, retryable: bool = True) -> list[Command]:
         route = self.router.routes[name]
-        return self.said(route.prefill, RequestFailed(name, route.generation, "broken", "it broke", retryable))
+        return self.said(
+            route.prefill, RequestFailed(name, route.generation, "broken", "it broke", retryable)
+        )
 
     def bring_to(self, name: str, phase: Phase) -> None:
         if phase is not Phase.RESERVING:
