@@ -227,6 +227,16 @@ def test_a_slow_reader_leaves_bytes_pending_until_it_reads(pair):
     assert not pair.here.has_pending
 
 
+def test_who_waits_for_the_answer_sends_the_rest_of_the_question(pair):
+    pair.here.send("question", None, views(bytes(MANY_BYTES)))
+    assert pair.here.has_pending
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(pair.here.receive, WAIT_S)
+        pair.there.receive(WAIT_S)
+        pair.there.send("answer")
+        assert waiting.result().kind == "answer"
+
+
 def test_a_peer_that_stops_reading_is_stalled_and_its_bytes_let_go(pair):
     pair.here.pending_bytes_max = 1 << 20
     pair.here.send("larger than the limit, and allowed alone", None, views(bytes(MANY_BYTES)))

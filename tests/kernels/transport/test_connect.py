@@ -6,7 +6,15 @@ import stat
 
 import pytest
 
-from kernels.transport.connect import PROTOCOL_VERSION, check_hello, connect, dial, listen, split, split_host
+from kernels.transport.connect import (
+    PROTOCOL_VERSION,
+    check_hello,
+    connect,
+    listen,
+    refuse_oneself,
+    split,
+    split_host,
+)
 from kernels.transport.errors import AddressInvalid, ConnectFailed, HelloRefused, ListenFailed
 from kernels.transport.frame import Frame
 from tests.kernels.transport.conftest import SECRET, WAIT_S, accept
@@ -100,17 +108,13 @@ def test_listening_where_one_cannot_fails(address):
         listen(address)
 
 
-def test_nobody_is_joined_to_oneself():
-    probe = socket.create_server(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-    probe.close()
+def test_a_socket_joined_to_itself_is_nobody():
     itself = socket.socket()
-    itself.bind(("127.0.0.1", port))
-    itself.connect(("127.0.0.1", port))  # the kernel allows it
-    itself.close()
-    for _ in range(3):
-        with pytest.raises(ConnectFailed):
-            dial(f"tcp://127.0.0.1:{port}", WAIT_S)
+    itself.bind(("127.0.0.1", 0))
+    itself.connect(itself.getsockname())  # the kernel allows it
+    with pytest.raises(ConnectionRefusedError):
+        refuse_oneself(itself)
+    assert itself.fileno() == -1
 
 
 def test_a_free_port_is_named_in_the_address(make_channel):

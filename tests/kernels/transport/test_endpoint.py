@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import random
+import selectors
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,10 @@ def ends(channel: StreamChannel) -> None:
     """The other side closes this channel."""
     with pytest.raises(ChannelError):
         channel.receive(WAIT_S)
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_frame_is_answered_and_the_peers_named(address, make_peer, make_channel):
@@ -162,22 +167,17 @@ def test_half_a_frame_and_then_silence_is_dropped(address, make_peer, make_chann
     peer.poll_until(lambda: peer.frames)
 
 
-def test_a_hello_that_drips_is_dropped_in_the_same_time(make_peer):
+def test_a_hello_that_drips_is_dropped_in_the_same_time(make_peer, caplog):
     peer = make_peer("tcp://127.0.0.1:0", stall_s=STALL_S)
     sock = dial(peer.address, WAIT_S)
-    drops = iter(HELLO[:-1] * 50)
-
-    def refused() -> int:
-        if not peer.counts.refused_peers_count:
-            sock.sendall(bytes([next(drops)]))
-        time.sleep(STALL_S / 20)
-        return peer.counts.refused_peers_count
-
-    try:
-        peer.poll_until(refused)
-    except (BrokenPipeError, ConnectionResetError):
-        pass
-    assert peer.counts.refused_peers_count == 1
+    sock.sendall(PREFIX.pack(MAGIC, 4096, 0))
+    for _ in range(4000):
+        sock.sendall(b"x")
+        time.sleep(STALL_S / 50)
+        peer.endpoint.poll(0)
+        if peer.counts.refused_peers_count:
+            break
+    assert "no hello came" in caplog.text
     sock.close()
 
 
@@ -309,6 +309,9 @@ def test_a_slow_reader_is_served_to_the_end(address, make_peer, make_channel):
         peer.poll_until(lambda channel=channel, frames=frames: receive_into(channel, frames))
         assert frames[0].parts[0] == payload
     peer.poll_until(lambda: not any(channel.has_pending for channel in peer.endpoint._channels))
+    peer.endpoint.poll(0)
+    watched = peer.endpoint._selector.get_map().values()
+    assert {key.events for key in watched} == {selectors.EVENT_READ}  # room is no news any more
 
 
 def receive_into(channel: StreamChannel, frames: list) -> list:
@@ -454,7 +457,7 @@ def test_closing_amid_traffic_harms_nobody(address, make_peer, make_channel, cap
         for talk_of in talking:
             with pytest.raises(ChannelError):
                 talk_of.result(WAIT_S)
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert warnings(caplog) == []
 
 
 @pytest.mark.parametrize("threaded", [False, True])
@@ -462,13 +465,18 @@ def test_a_callback_may_close_its_endpoint(address, make_peer, make_channel, cap
     done = threading.Event()
 
     def close(channel, frame):
-        peer.endpoint.close()
-        done.set()
+        if frame.kind == "close":
+            peer.endpoint.close()
+            done.set()
 
     peer = make_peer(address, on_frame=close)
     channel = make_channel(peer.address)
+    channel.send("greet")
+    peer.poll_until(lambda: peer.counts.frames_count)
     channel.send("close")
     channel.send("and no more")
+    late = dial(peer.address, WAIT_S)
+    peer.endpoint.wake()  # so that the turn has more to do after the callback
     if threaded:
         peer.endpoint.start()
         assert done.wait(WAIT_S)
@@ -476,8 +484,40 @@ def test_a_callback_may_close_its_endpoint(address, make_peer, make_channel, cap
     else:
         peer.poll_until(done.is_set)
     ends(channel)
-    assert peer.counts.frames_count == 1
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    late.close()
+    assert peer.counts.frames_count == 2
+    assert warnings(caplog) == []
+
+
+def test_a_callback_that_takes_long_is_not_waited_for_and_its_turn_tears_down(
+    address, make_peer, make_channel, monkeypatch
+):
+    monkeypatch.setattr("kernels.transport.endpoint.CLOSE_TIMEOUT_S", 0.01)
+    began, may_end = threading.Event(), threading.Event()
+
+    def dawdle(channel, frame):
+        began.set()
+        may_end.wait(WAIT_S)
+
+    peer = make_peer(address, on_frame=dawdle)
+    channel = make_channel(peer.address)
+    channel.send("ask")
+    peer.endpoint.start()
+    assert began.wait(WAIT_S)
+    peer.endpoint.close()
+    may_end.set()
+    ends(channel)
+    peer.endpoint._thread.join(WAIT_S)
+    assert not peer.endpoint._thread.is_alive()
+    with pytest.raises(ChannelError):
+        connect(peer.address, SECRET, "late")
+
+
+def test_closing_takes_along_who_has_only_just_come(address, make_peer, make_channel):
+    peer = make_peer(address)
+    channel = peer.endpoint.connect(peer.address)
+    peer.endpoint.close()
+    assert channel.fileno() == -1
 
 
 def test_a_closed_endpoint_connects_nowhere(address, make_peer):
@@ -513,6 +553,9 @@ def test_without_a_free_descriptor_peers_wait_for_better_times(make_peer, make_c
         peer.poll_until(lambda: "cannot accept" in caplog.text)
         assert ask(peer, known, 2).body == 2
     assert ask(peer, waiting, 3).body == 3
+    for _ in range(2):
+        swept_s = peer.endpoint._swept_s
+        peer.poll_until(lambda swept_s=swept_s: peer.endpoint._swept_s > swept_s)
 
 
 def test_a_hundred_peers_leave_no_descriptor_behind(address, make_peer):
