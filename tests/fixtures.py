@@ -50,6 +50,7 @@ class Gateway:
         self.prefill = self.endpoint.connect(prefill.endpoint.address)
         self.decode = self.endpoint.connect(decode.endpoint.address)
         self.asked: dict[tuple[str, int], ReservePages] = {}
+        self.priorities: dict[str, int] = {}
         self.forwards = True
         """Whether a prompt goes to prefill as soon as its pages are reserved."""
 
@@ -60,16 +61,20 @@ class Gateway:
         sampling: SamplingParameters = GREEDY,
         generation: int = 1,
         prompt_tokens_count: int | None = None,
+        priority: int = 0,
     ) -> None:
         """Begin a request, or an attempt at one that has outputs already."""
         count = len(token_ids) if prompt_tokens_count is None else prompt_tokens_count
         asked = ReservePages(request_id, generation, tuple(token_ids), count, sampling)
         self.asked[request_id, generation] = asked
+        self.priorities[request_id] = priority
         DECODE_DOWN.send(self.decode, asked)
 
     def forward(self, reservation: PageReservation) -> None:
-        """Send the prompt of a reservation to prefill."""
-        asked = self.asked[reservation.request_id, reservation.generation]
+        """Send the prompt of a reservation to prefill, unless it was cancelled meanwhile."""
+        asked = self.asked.get((reservation.request_id, reservation.generation))
+        if asked is None:
+            return
         prompt = PrefillPrompt(
             asked.request_id,
             asked.generation,
@@ -77,11 +82,13 @@ class Gateway:
             asked.prompt_tokens_count,
             asked.sampling,
             reservation.address,
+            self.priorities[asked.request_id],
         )
         PREFILL_DOWN.send(self.prefill, prompt)
 
     def cancel(self, request_id: str, generation: int = 1) -> None:
-        """Take a request off both nodes."""
+        """Take a request off both nodes, and forward it no more."""
+        self.asked.pop((request_id, generation), None)
         DECODE_DOWN.send(self.decode, CancelRequest(request_id, generation))
         PREFILL_DOWN.send(self.prefill, CancelRequest(request_id, generation))
 
@@ -103,6 +110,14 @@ class Gateway:
     def tokens(self, request_id: str) -> list[int]:
         """A request's tokens."""
         return [token for chunk in self.chunks(request_id) for token in chunk.token_ids]
+
+    def assert_in_order(self, request_id: str) -> None:
+        """A request's chunks lack and repeat nothing, and the last alone says that it is the last."""
+        chunks = self.chunks(request_id)
+        assert [chunk.index for chunk in chunks] == list(
+            range(chunks[0].index, chunks[0].index + len(chunks))
+        )
+        assert [chunk.finish_reason is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
 
     def _on_frame(self, channel: StreamChannel, frame: Frame) -> None:
         schema = PREFILL_UP if channel is self.prefill else DECODE_UP
@@ -146,7 +161,10 @@ class Stage:
             transformer,
             clock=lambda: self.now_s,
         )
+        for node in (self.prefill, self.decode):
+            node.cache.latents.fill_(float("nan"))  # so that what was never written shows where it is read
         self.gateways: list[Gateway] = []
+        self.gone: list[object] = []
         self.gateway = self.open_gateway()
 
     def open_gateway(self) -> Gateway:
@@ -155,15 +173,21 @@ class Stage:
         self.gateways.append(gateway)
         return gateway
 
-    def poll(self) -> int:
-        """Let every frame that waits arrive, at every endpoint once; how many came."""
-        endpoints = [self.prefill.endpoint, self.decode.endpoint]
-        endpoints += [gateway.endpoint for gateway in self.gateways]
-        return sum(endpoint.poll(0) for endpoint in endpoints)
+    def moves(self) -> list[Callable[[], int]]:
+        """All that can happen next, in the order of a turn; each says how much moved."""
+        gateways = [gateway for gateway in self.gateways if gateway not in self.gone]
+        nodes = [node for node in (self.prefill, self.decode) if node not in self.gone]
+        polls = [lambda part=part: part.endpoint.poll(0) for part in (*gateways, *nodes)]
+        return [*polls, *(node.step for node in nodes)]
 
     def turn(self) -> int:
         """Frames, then a step of each node; how much moved."""
-        return self.poll() + self.prefill.step() + self.decode.step()
+        return sum(move() for move in self.moves())
+
+    def end(self, part: "Gateway | PrefillNode | DecodeNode") -> None:
+        """Let a node or gateway disappear: its channels close, and it never moves again."""
+        self.gone.append(part)
+        (part.endpoint if isinstance(part, Gateway) else part).close()
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Turn until a condition holds."""
@@ -183,8 +207,10 @@ class Stage:
         raise AssertionError("the nodes never came to rest")
 
     def assert_all_free(self) -> None:
-        """Both nodes hold no request, and no page that anybody owns."""
+        """The nodes that are left hold no request, and no page that anybody owns."""
         for node in (self.prefill, self.decode):
+            if node in self.gone:
+                continue
             report = node.report()
             node.cache.pool.check()
             assert report.requests_running_count == report.requests_waiting_count == 0, report
@@ -193,8 +219,9 @@ class Stage:
 
     def close(self) -> None:
         """Close every endpoint."""
-        for part in (*(gateway.endpoint for gateway in self.gateways), self.prefill, self.decode):
-            part.close()
+        for part in (*self.gateways, self.prefill, self.decode):
+            if part not in self.gone:
+                self.end(part)
 
 
 @pytest.fixture(scope="session")
