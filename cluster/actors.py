@@ -22,7 +22,7 @@ from prefill.node import PrefillNode
 
 DRAIN_S = 600.0
 DRAIN_POLL_S = 0.1
-QUIET_S = 1.0
+QUIET_S = 0.5
 
 
 class NodeActor:
@@ -84,7 +84,7 @@ class NodeActor:
     async def __del__(self) -> None:
         """Take nothing new, finish what is here, then go."""
         self.state = DRAINING
-        await self.heartbeat.beat()
+        await self.heartbeat.announce()
         await drained(self.node)
         await self.heartbeat.stop()
         await asyncio.to_thread(self.node.close)
@@ -178,7 +178,7 @@ class ShardActor:
     async def __del__(self) -> None:
         """Stay until no node asks any more, then go."""
         self.state = DRAINING
-        await self.heartbeat.beat()
+        await self.heartbeat.announce()
         await unasked(self.shard)
         await self.heartbeat.stop()
         await asyncio.to_thread(self.shard.close)

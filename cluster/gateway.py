@@ -79,7 +79,7 @@ class GatewayActor:
         """Take no new calls, finish those that run, then go."""
         self.state = DRAINING
         await self._set_health(False)
-        await self.heartbeat.beat()
+        await self.heartbeat.announce()
         end_s = asyncio.get_running_loop().time() + DRAIN_S
         while self.desk.requests_count and asyncio.get_running_loop().time() < end_s:
             await asyncio.sleep(0.1)

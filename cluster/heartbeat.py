@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 HURRY_S = 0.05
 BEAT_S = 0.5
+ANSWER_S = 2.0
 
 
 def member_name(kind: str) -> str:
@@ -41,27 +42,30 @@ class Heartbeat:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def beat(self) -> View:
-        """One heartbeat, and what came back."""
-        self.view = await self._coordinator.heartbeat.remote(self._describe())
+        """One heartbeat, and what came back; raises TimeoutError where the coordinator does not answer."""
+        self.view = await asyncio.wait_for(self._coordinator.heartbeat.remote(self._describe()), ANSWER_S)
         await self._on_view(self.view)
         return self.view
+
+    async def announce(self) -> None:
+        """Tell the coordinator about a change at once, if it is there."""
+        await self._try(self.beat())
 
     async def stop(self) -> None:
         """Stop beating and leave the cluster."""
         if self._task is not None:
             self._task.cancel()
-        name = self._describe().name
+        await self._try(asyncio.wait_for(self._coordinator.leave.remote(self._describe().name), ANSWER_S))
+
+    async def _try(self, call: Awaitable) -> None:
         try:
-            await asyncio.wait_for(self._coordinator.leave.remote(name), timeout=2.0)
-        except Exception:
-            logger.info("%s left without the coordinator, which will notice", name)
+            await call
+        except Exception as error:  # a coordinator that is gone is no reason to stay
+            logger.info("no answer from the coordinator: %s", type(error).__name__)
 
     async def _run(self) -> None:
         while True:
-            try:
-                await self.beat()
-            except Exception as error:
-                logger.warning("no answer from the coordinator: %s", type(error).__name__)
+            await self._try(self.beat())
             await asyncio.sleep(BEAT_S if self.view.is_ready else HURRY_S)
 
 
