@@ -359,18 +359,18 @@ class Router:
         self._wake_rested(now_s)  # they need not rest: the nodes that are left have not failed them
 
     def _extend_leases(self, now_s: float) -> Iterator[Command]:
-        """Keep reservations while their prompts are computed, and have the nodes end those that nobody keeps.
+        """Keep the pages of requests under way, and have nodes look for those that nobody keeps.
 
-        Once the first token is out, arriving latents keep their reservation; if they stop, it shall end.
+        Between the first token and the hand over only arriving latents keep a lease: if they stop, it shall end.
         """
         if now_s - self._extended_s < self._lease_s / 3:
             return
         self._extended_s = now_s
         by_node: dict[str, list[str]] = {}
         for request_id, route in self.routes.items():
-            if route.phase is not Phase.WAITING and not route.is_handed_over:
+            if route.phase is not Phase.WAITING:
                 wanted = by_node.setdefault(route.decode, [])
-                if route.phase is not Phase.DECODING:
+                if route.phase is not Phase.DECODING or route.is_handed_over:
                     wanted.append(request_id)
         for name, request_ids in by_node.items():
             if name in self.nodes:

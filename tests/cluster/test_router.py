@@ -589,7 +589,7 @@ def test_a_request_whose_nodes_are_lost_again_and_again_fails_with_the_reason(st
 # leases
 
 
-def test_leases_are_extended_while_latents_are_awaited(story: Story):
+def test_leases_are_extended_while_prompts_are_computed(story: Story):
     story.admit("r")
     story.admit("s")
     story.bring_to("s", Phase.PREFILLING)
@@ -607,8 +607,8 @@ def test_a_lease_whose_latents_were_lost_on_the_way_is_let_end(story: Story):
     assert reserved(story.wait(REST_S)) == [("r", "d1")]
 
 
-def test_a_request_that_decodes_has_no_lease(story: Story):
+def test_the_lease_of_a_request_that_decodes_is_extended_again(story: Story):
     story.admit("r")
     story.bring_to("r", Phase.DECODING)
     story.handed_over("r")
-    assert story.wait(LEASE_S) == []
+    assert said_to(story.wait(LEASE_S), ExtendLeases) == [("d1", ExtendLeases(("r",)))]
