@@ -109,11 +109,11 @@ def test_a_token_leaves_the_same_latent_in_any_batch(variant, dtype, threads_cou
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_is_decoded_to_the_same_bits_in_any_batch(dtype, threads_count):
     _, _, attention = drawn_attention("v3", dtype)
-    queries, latents = torch.randn(130, 3, 24).to(dtype), torch.randn(300, 40).to(dtype)
-    contexts = [slice(row, row + 1 + row) for row in range(130)]
+    queries, latents = torch.randn(20, 3, 24).to(dtype), torch.randn(300, 40).to(dtype)
+    contexts = [slice(row, row + 1 + 13 * row) for row in range(20)]
     with torch.inference_mode(), threads(threads_count):
         assert_rows_keep_their_bits(
-            lambda some: attention.project(attention.absorb(queries[some], latents, contexts[some]))
+            lambda some: attention.project(attention.absorb(queries[some], latents, contexts[some])), 20
         )
 
 

@@ -31,7 +31,8 @@ def assert_rows_keep_their_bits(
     whole = compute(every)
     assert not whole.isnan().any()
     one_thread = torch.get_num_threads() == 1
-    for size in SIZES if one_thread else SIZES_OF_THREADS:
+    sizes = SIZES if one_thread else SIZES_OF_THREADS
+    for size in (size for size in sizes if size < rows_count):
         for begin in {0, 1, 3, rows_count - size} if one_thread else {0, 3}:
             some = slice(begin, min(begin + size, rows_count))
             assert torch.equal(compute(some), whole[some]), f"{some} of {every}"
