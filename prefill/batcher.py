@@ -10,8 +10,8 @@ class PrefillBatcher:
     """Prompts under way, cut into chunks at page borders under a budget of tokens.
 
     Every prompt under way gets an equal share of each step, and what short ones leave goes to the oldest.
-    Where there are more prompts than pages in a step, the oldest has a share in each, the others take turns. So
-    a long prompt does not hold up short ones, nor many short ones a long one.
+    Where there are more prompts than pages in a step, the oldest has a share in each, the others take turns.
+    So a long prompt does not hold up short ones, nor many short ones a long one.
     """
 
     def __init__(self, step_tokens_max: int, requests_max: int):

@@ -223,7 +223,7 @@ class PrefillNode:
         for request in held:
             if request.gateway in gone or ended.get(request.asked.request_id, -1) >= request.asked.generation:
                 self._drop(request)
-            elif request.asked.decode_address in lost and request.begun_s:
+            elif request.asked.decode_address in lost:
                 self._fail(request, "decode_unreachable", UNREACHABLE, retryable=True)
 
     def _problem(self, request: PrefillRequest) -> str | None:

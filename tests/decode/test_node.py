@@ -349,6 +349,24 @@ def test_cancel_at_any_moment_frees_everything_and_harms_nobody(make_stage, expe
     stage.assert_all_free()
 
 
+@pytest.mark.parametrize("end", ["cancel", "gateway goes"])
+def test_a_running_request_that_nobody_wants_leaves_before_the_next_step(stage, end):
+    other = stage.open_gateway()
+    stage.gateway.ask("a", prompt(70), replace(GREEDY, tokens_max=900))
+    other.ask("b", prompt(70), replace(GREEDY, tokens_max=30))
+    stage.until(lambda: stage.decode.batcher.requests_running_count == 2)
+    if end == "cancel":
+        stage.gateway.cancel("a")
+    else:
+        stage.end(stage.gateway)
+    while stage.decode.endpoint.poll(0):
+        pass
+    assert stage.decode.step() == 1
+    assert [request.asked.request_id for request in stage.decode.batcher.everyone()] == ["b"]
+    stage.settle()
+    stage.assert_all_free()
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_gateway_that_goes_at_any_moment_leaves_nothing_behind(make_stage, expected, moment):
     stage = begin_two(make_stage, moment)
@@ -416,9 +434,9 @@ def test_a_running_request_that_nobody_extends_ends(stage):
     stage.now_s += 9.0
     DOWN.send(stage.gateway.decode, ExtendLeases(("kept",)))
     stage.decode.endpoint.poll(0)
-    stage.decode._sweep_running()
+    stage.decode._turn()
     stage.now_s += 2.0
-    stage.decode._sweep_running()
+    stage.decode._turn()
     assert [request.asked.request_id for request in stage.decode.batcher.everyone()] == ["kept"]
     stage.settle()
     assert stage.gateway.failures() == [("forgotten", "lease_ended", True)]
