@@ -108,7 +108,8 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
 
     async def _write(self, context: grpc.aio.ServicerContext, response: trivium_pb2.GenerateResponse) -> None:
         try:
-            await asyncio.wait_for(context.write(response), self._stall_timeout_s)
+            async with asyncio.timeout(self._stall_timeout_s):
+                await context.write(response)
         except TimeoutError:
             raise Cancelled(
                 reason="STREAM_STALLED",

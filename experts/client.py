@@ -87,9 +87,7 @@ class Call:
     def combine(self) -> torch.Tensor:
         """Wait for all shards and mix, `[tokens, hidden]` float32; raises ExpertsUnavailable."""
         self.experts.finish(self)
-        by_slot = torch.empty_like(self.outputs)
-        by_slot[self.order] = self.outputs
-        return mix(by_slot, self.expert_weights)
+        return mix(self.outputs, self.expert_weights, self.order)
 
 
 class RemoteExperts:

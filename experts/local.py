@@ -45,8 +45,6 @@ class LocalExperts:
         """Compute the experts of `hidden [tokens, hidden]` at once."""
         order, present, counts = sort_by_expert(expert_ids)
         held = [self._weights[layer, expert] for expert in present]
-        in_order = expert_mlp(hidden, order // expert_ids.shape[1], held, counts)
-        outputs = torch.empty_like(in_order)
-        outputs[order] = in_order
+        outputs = expert_mlp(hidden, order // expert_ids.shape[1], held, counts)
         self.load.add(layer, present, counts)
-        return Computed(mix(outputs, expert_weights))
+        return Computed(mix(outputs, expert_weights, order))

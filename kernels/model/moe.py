@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from torch.nn import functional
 
 from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, gated_weights
@@ -27,10 +28,18 @@ class RoutedExperts(Protocol):
         """Send `hidden [tokens, hidden]` to `expert_ids [tokens, choices]`; does not wait for them."""
 
 
-def mix(outputs: torch.Tensor, expert_weights: torch.Tensor) -> torch.Tensor:
-    """Sum of `outputs [tokens * choices, hidden]` by `expert_weights [tokens, choices]`, in float32."""
-    by_choice = outputs.view(*expert_weights.shape, -1).float()
-    return (by_choice * expert_weights.unsqueeze(-1)).sum(dim=1)
+def mix(
+    outputs: torch.Tensor, expert_weights: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of `outputs [tokens * choices, hidden]` by `expert_weights [tokens, choices]`, in float32.
+
+    Output i is that of slot i, or of slot `order[i]`; a token's choices are added in their own order.
+    """
+    places = torch.arange(len(outputs), device=outputs.device)
+    if order is not None:
+        places = torch.empty_like(places).scatter_(0, order, places)
+    places = places.view(expert_weights.shape)
+    return functional.embedding_bag(places, outputs.float(), mode="sum", per_sample_weights=expert_weights)
 
 
 class MixtureOfExperts:

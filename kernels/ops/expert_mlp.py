@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from kernels.ops.linear import linear
+from kernels.ops.linear import linear, rows_missing
 
 SERIAL_NUMBERS_MAX = (1 << 15) - 1  # torch shares out what is larger among threads
 
@@ -44,10 +44,33 @@ def expert_mlp(
 
     The first `counts[0]` slots go through `experts[0]`, the next `counts[1]` through `experts[1]`, and so on.
     """
-    slots = hidden[rows]
+    sizes = [count + rows_missing(count, hidden.device) if count else 0 for count in counts]
+    padded = sizes != list(counts)
+    slots = hidden[with_repeats(rows, counts, sizes) if padded else rows]
     out = torch.empty_like(slots)
     begin = 0
-    for weights, count in zip(experts, counts, strict=True):
-        out[begin : begin + count] = gated_mlp(slots[begin : begin + count], weights)
+    for weights, size in zip(experts, sizes, strict=True):
+        end = begin + size
+        gate, up = torch.mm(slots[begin:end], weights.gate_up.t()).chunk(2, dim=-1)
+        torch.mm(silu_by_row(gate) * up, weights.down.t(), out=out[begin:end])
+        begin = end
+    return without_repeats(out, counts, sizes) if padded else out
+
+
+def with_repeats(rows: torch.Tensor, counts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """`rows [slots]` in groups of `counts`, each filled up to its size with its first row."""
+    flat, wide, begin = rows.tolist(), [], 0
+    for count, size in zip(counts, sizes, strict=True):
+        wide += flat[begin : begin + count]
+        wide += flat[begin : begin + 1] * (size - count)
         begin += count
-    return out
+    return torch.tensor(wide, device=rows.device)
+
+
+def without_repeats(out: torch.Tensor, counts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """The first `counts` rows of each group of `sizes` rows of `out`."""
+    kept, begin = [], 0
+    for count, size in zip(counts, sizes, strict=True):
+        kept += range(begin, begin + count)
+        begin += size
+    return out[torch.tensor(kept, device=out.device)]
