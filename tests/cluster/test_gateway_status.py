@@ -125,7 +125,8 @@ def test_an_invalid_request_names_its_field():
     info = detail_of(status, error_details_pb2.ErrorInfo)
     assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     assert (info.reason, info.domain) == ("OUT_OF_RANGE", "trivium")
-    assert dict(info.metadata) == {"field": "sampling.top_p", "limit": "0 to 1", "remedy": "Send less."}
+    told = {"message": "5 is too much", "field": "sampling.top_p", "limit": "0 to 1", "remedy": "Send less."}
+    assert dict(info.metadata) == told
     violation = detail_of(status, error_details_pb2.BadRequest).field_violations[0]
     assert violation.field == "sampling.top_p" and "0 to 1" in violation.description
     assert detail_of(status, error_details_pb2.RetryInfo) is None
