@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import pairwise
 
 from decode.request import DecodeRequest
 
@@ -51,5 +52,5 @@ class DecodeBatcher:
 def split_evenly(batch: list[DecodeRequest], parts_count: int, size_min: int) -> list[list[DecodeRequest]]:
     """A batch in up to `parts_count` near equal parts, none smaller than `size_min` unless it is alone."""
     parts_count = max(min(parts_count, len(batch) // size_min), 1)
-    size = -(-len(batch) // parts_count)
-    return [batch[begin : begin + size] for begin in range(0, len(batch), size)]
+    borders = [len(batch) * part // parts_count for part in range(parts_count + 1)]
+    return [batch[begin:end] for begin, end in pairwise(borders)]
