@@ -361,7 +361,7 @@ class Router:
     def _extend_leases(self, now_s: float) -> Iterator[Command]:
         """Keep the pages of requests under way, and have nodes look for those that nobody keeps.
 
-        Between the first token and the hand over only arriving latents keep a lease: if they stop, it shall end.
+        Between first token and hand over only arriving latents keep a lease: if they stop, it shall end.
         """
         if now_s - self._extended_s < self._lease_s / 3:
             return

@@ -66,15 +66,14 @@ class Gateway:
         """Hear what has come; how many frames."""
         return self.endpoint.poll(0)
 
-    def tick(self, nodes: dict[str, Node]) -> int:
-        """Look who is there, let time pass, ask for reports."""
+    def tick(self, nodes: dict[str, Node], asks_reports: bool) -> None:
+        """Look who is there, let time pass, perhaps ask for reports."""
         for name, node in nodes.items():
             if name not in self._channels:
                 self._join(name, node)
         self.tell(TimePassed())
-        for name in list(self._channels):
+        for name in self._channels if asks_reports else ():
             self._send(name, AskReport())
-        return 0
 
     def tell(self, event: Event) -> None:
         """Tell the router, check its books, and do what it says."""
@@ -101,6 +100,7 @@ class Gateway:
         self._channels[name] = channel
         kind = "prefill" if isinstance(node, PrefillNode) else "decode"
         self.tell(NodeJoined(name, kind, node.endpoint.address))
+        self._send(name, AskReport())
 
     def _send(self, name: str, message: object) -> None:
         try:

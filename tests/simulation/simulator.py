@@ -13,12 +13,14 @@ from cluster.events import NodeDrained, RequestAdmitted, RequestCancelled, Route
 from decode.config import DecodeConfig
 from decode.node import DecodeNode
 from kernels.model.transformer import Transformer
+from kernels.transport import endpoint
 from prefill.config import PrefillConfig
 from prefill.node import PrefillNode
 from tests.simulation.parts import LEASE_S, SECRET, Client, Gateway, Node
 
 TURN_S = 0.01
 TURNS_MAX = 10_000
+SPELL_TURNS = 100  # for which some parts sleep, so that they are late with everything
 QUIET_ROUNDS_COUNT = 5
 STORY_LINES_MAX = 400
 FAULTS = ("kill prefill", "kill decode", "kill gateway", "cut", "drain decode")
@@ -49,12 +51,19 @@ class Simulation:
         self._prefix = f"simulation-{seed}"
         self._names = {kind: itertools.count(1) for kind in "gpd"}
         self._plan: list[tuple[int, str, str]] = []
+        self._asleep: set[str] = set()
         for kind in "ggppdd":
             self._start(f"{kind}{next(self._names[kind])}")
 
-    def run(self, requests: Sequence[RoutedRequest], faults_count: int, cancels_count: int) -> list[Client]:
+    def run(
+        self,
+        requests: Sequence[RoutedRequest],
+        faults_count: int,
+        cancels_count: int,
+        faults: Sequence[str] = FAULTS,
+    ) -> list[Client]:
         """Send requests at moments of the seed's choosing, do harm, and go on until all have ended."""
-        self._make_plan(requests, faults_count, cancels_count)
+        self._make_plan(requests, cancels_count, self.random.choices(faults, k=faults_count))
         by_id = {request.request_id: request for request in requests}
         while self._plan or not all(client.has_ended for client in self.clients):
             if self.turns_count >= TURNS_MAX:
@@ -89,13 +98,15 @@ class Simulation:
 
     # what happens
 
-    def _make_plan(self, requests: Sequence[RoutedRequest], faults_count: int, cancels_count: int) -> None:
+    def _make_plan(
+        self, requests: Sequence[RoutedRequest], cancels_count: int, faults: Sequence[str]
+    ) -> None:
         plan = [(self.random.randrange(200), "admit", request.request_id) for request in requests]
         arrival_of = {request_id: turn for turn, _, request_id in plan}
         for request in self.random.sample(list(requests), cancels_count):
             turn = arrival_of[request.request_id] + self.random.randrange(400)
             plan.append((turn, "cancel", request.request_id))
-        plan += [(self.random.randrange(500), self.random.choice(FAULTS), "") for _ in range(faults_count)]
+        plan += [(self.random.randrange(500), fault, "") for fault in faults]
         self._plan = sorted(plan)
 
     def _put(self, turn: int, deed: str, whom: str) -> None:
@@ -104,16 +115,27 @@ class Simulation:
     def _turn(self) -> None:
         self.turns_count += 1
         self.now_s += TURN_S
-        name = self.random.choice([*self.gateways, *self.nodes] or [""])
+        if self.turns_count % SPELL_TURNS == 0:
+            self._asleep = {name for name in (*self.gateways, *self.nodes) if self.random.random() < 0.3}
+        awake = [name for name in (*self.gateways, *self.nodes) if name not in self._asleep]
+        name = self.random.choice(awake or [""])
+        endpoint.FRAMES_PER_TURN = self.random.choice((1, 2, 16)) if name in self.nodes else 1
         if name in self.gateways:
             gateway = self.gateways[name]
             if self.random.random() < 0.3:
-                gateway.tick(self.nodes)
+                gateway.tick(self.nodes, asks_reports=self.random.random() < 0.3)
             else:
                 gateway.poll()
         elif name in self.nodes:
-            node = self.nodes[name]
-            node.endpoint.poll(0) if self.random.random() < 0.5 else node.step()
+            self._let_work(self.nodes[name])
+
+    def _let_work(self, node: Node) -> None:
+        if self.random.random() < 0.5:
+            node.endpoint.poll(0)
+            return
+        if isinstance(node, DecodeNode):
+            node._sweep_running()  # as its own thread does before each step
+        node.step()
 
     def _act(self, deed: str, request: RoutedRequest | None, whom: str) -> None:
         match deed:
@@ -163,13 +185,12 @@ class Simulation:
         self._put(self.turns_count + self.random.randrange(150), "start", successor)
 
     def _cut(self) -> None:
-        """Break the channels on which one node sends latents to another, with both alive."""
-        prefill, decode = (
-            self.random.choice([name for name in self.nodes if name[0] == kind] or [""]) for kind in "pd"
-        )
-        self._note(f"{prefill} and {decode} lose each other")
-        if decode in self.nodes:
-            close_channels(self.nodes[decode], {prefill})
+        """Break the channels on which latents come to a node that awaits some, with both ends alive."""
+        awaiting = [name for name, node in self.nodes.items() if name[0] == "d" and len(node.inbox)]
+        if awaiting:
+            name = self.random.choice(awaiting)
+            self._note(f"{name} loses its prefill nodes")
+            close_channels(self.nodes[name], {name for name in self.nodes if name[0] == "p"})
 
     def _drain(self) -> None:
         """Let a decode node have no new requests; another takes its place."""
