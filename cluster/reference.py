@@ -22,6 +22,7 @@ from cluster.events import (
     RequestAdmitted,
     RoutedRequest,
     SayToNode,
+    TimePassed,
 )
 from cluster.node_messages import read_from_node, send_to_node
 from cluster.router import Router
@@ -107,6 +108,8 @@ class Reference:
         idle_count = 0
         while self.router.routes:
             idle_count = 0 if self.turn() else idle_count + 1
+            if idle_count:
+                self._tell(TimePassed())
             if idle_count > TURNS_IDLE_MAX:
                 raise RequestRefused("nothing moves any more: a request needs more pages than the reference has")
         done = [self.generations.pop(request.request_id) for request in requests]
