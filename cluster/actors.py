@@ -1,4 +1,4 @@
-"""Prefill nodes, decode nodes and expert shards as actors: a plain object each, kept in touch by heartbeats."""
+"""Prefill nodes, decode nodes and expert shards as actors: a plain object each, and heartbeats."""
 
 import asyncio
 import gc
@@ -22,6 +22,7 @@ from prefill.node import PrefillNode
 
 DRAIN_S = 600.0
 DRAIN_POLL_S = 0.1
+NOTICED_S = 0.6  # in which gateways hear that a node drains
 QUIET_S = 0.5
 
 
@@ -44,7 +45,9 @@ class NodeActor:
 
     def _load(self, place: Place) -> None:
         checkpoint = Checkpoint(place.config.model.folder)
-        transformer = Transformer.from_checkpoint(checkpoint, compute_dtype(place), self.experts, self._progress)
+        transformer = Transformer.from_checkpoint(
+            checkpoint, compute_dtype(place), self.experts, self._progress
+        )
         self.node = self.make_node(place, transformer)
         self.node.experts_epoch = lambda: self.experts.epoch
         self.node.start()
@@ -85,9 +88,12 @@ class NodeActor:
         """Take nothing new, finish what is here, then go."""
         self.state = DRAINING
         await self.heartbeat.announce()
-        await drained(self.node)
+        if self.node is not None:
+            await asyncio.sleep(NOTICED_S)
+            await drained(self.node)
         await self.heartbeat.stop()
-        await asyncio.to_thread(self.node.close)
+        if self.node is not None:
+            await asyncio.to_thread(self.node.close)
         self.experts.close()
 
 
@@ -176,9 +182,10 @@ class ShardActor:
             raise RuntimeError(f"{self.name} has stopped computing")
 
     async def __del__(self) -> None:
-        """Stay until no node asks any more, then go."""
+        """Stay until other shards have taken over and no node asks any more, then go."""
         self.state = DRAINING
         await self.heartbeat.announce()
+        await replaced(self.name, self.heartbeat)
         await unasked(self.shard)
         await self.heartbeat.stop()
         await asyncio.to_thread(self.shard.close)
@@ -192,9 +199,20 @@ def compute_dtype(place: Place) -> torch.dtype:
 async def drained(node: PrefillNode | DecodeNode) -> None:
     """Wait until a node has no requests."""
     end_s = time.monotonic() + DRAIN_S
-    while time.monotonic() < end_s:
+    while node.is_alive and time.monotonic() < end_s:
         report = node.report()
         if report.requests_running_count + report.requests_waiting_count == 0:
+            return
+        await asyncio.sleep(DRAIN_POLL_S)
+
+
+async def replaced(name: str, heartbeat: Heartbeat) -> None:
+    """Wait until the placement in force does without a shard, or nobody is left to take over or to say so."""
+    end_s = time.monotonic() + DRAIN_S
+    while time.monotonic() < end_s and heartbeat.is_answered:
+        placement = heartbeat.view.placement_in_force
+        is_placed = placement is not None and any(shard.name == name for shard in placement.shards)
+        if not is_placed or all(shard.state == DRAINING for shard in heartbeat.view.of_kind("experts")):
             return
         await asyncio.sleep(DRAIN_POLL_S)
 

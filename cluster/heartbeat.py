@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import os
-import secrets
 import platform
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,41 +32,61 @@ class Heartbeat:
         on_view: Callable[[View], Awaitable[None]],
     ):
         self.view = View()
+        self.is_answered = False
         self._coordinator = coordinator
         self._describe = describe
         self._on_view = on_view
-        self._task: asyncio.Task | None = None
+        self._news = asyncio.Event()
+        self._tasks: list[asyncio.Task] = []
 
     def start(self) -> None:
-        """Beat in the running event loop."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def beat(self) -> View:
-        """One heartbeat, and what came back; raises TimeoutError where the coordinator does not answer."""
-        self.view = await asyncio.wait_for(self._coordinator.heartbeat.remote(self._describe()), ANSWER_S)
-        await self._on_view(self.view)
-        return self.view
+        """Beat and follow in the running event loop: two tasks, so that slow following stops no heartbeat."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run()), loop.create_task(self._follow())]
 
     async def announce(self) -> None:
-        """Tell the coordinator about a change at once, if it is there."""
-        await self._try(self.beat())
+        """Tell the coordinator how things are, now; what it answers is followed in its turn."""
+        answer = await self._answer(self._coordinator.heartbeat, self._describe())
+        self.is_answered = answer is not None
+        if answer is not None:
+            self.view = answer
+            self._news.set()
 
     async def stop(self) -> None:
         """Stop beating and leave the cluster."""
-        if self._task is not None:
-            self._task.cancel()
-        await self._try(asyncio.wait_for(self._coordinator.leave.remote(self._describe().name), ANSWER_S))
+        for task in self._tasks:
+            task.cancel()
+        await self._answer(self._coordinator.leave, self._describe().name)
 
-    async def _try(self, call: Awaitable) -> None:
+    async def _answer(self, method: Any, argument: Any) -> Any:
+        """What the coordinator answers; None where it does not, which is no reason to stop."""
         try:
-            await call
-        except Exception as error:  # a coordinator that is gone is no reason to stay
+            return await asyncio.wait_for(method.remote(argument), ANSWER_S)
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():
+                raise
+            logger.info("the call to the coordinator was cancelled, not this task")
+        except Exception as error:
             logger.info("no answer from the coordinator: %s", type(error).__name__)
+        return None
 
     async def _run(self) -> None:
         while True:
-            await self._try(self.beat())
-            await asyncio.sleep(BEAT_S if self.view.is_ready else HURRY_S)
+            try:
+                await self.announce()
+            except Exception:
+                logger.exception("this actor cannot describe itself; it goes on trying")
+            await asyncio.sleep(BEAT_S if self.view.is_settled else HURRY_S)
+
+    async def _follow(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                await self._on_view(self.view)
+            except Exception:
+                logger.exception("what the coordinator says could not be followed; the next view is")
+                await asyncio.sleep(BEAT_S)
 
 
 def host_and_pid() -> dict[str, Any]:

@@ -20,7 +20,7 @@ NODE_KINDS = ("prefill", "decode")
 
 
 class NodeLinks:
-    """One channel to each prefill and decode node of the newest view; all methods belong to one event loop."""
+    """One channel to each prefill and decode node; all methods belong to one event loop."""
 
     def __init__(self, name: str, secret: str, on_event: Callable[[Event], None]):
         self._name = name
@@ -29,25 +29,26 @@ class NodeLinks:
         self._channels: dict[str, StreamChannel] = {}
         self._kinds: dict[str, str] = {}
         self._writing: set[str] = set()
+        self._closed = False
 
     async def follow(self, view: View) -> None:
         """Connect to nodes that are new, and note those that drain."""
-        for member in (*view.of_kind("prefill"), *view.of_kind("decode")):
-            if member.name in self._channels:
-                if member.state == DRAINING:
-                    self._on_event(NodeDrained(member.name))
-            elif member.state == READY:
-                await self._join(member)
+        members = [member for kind in NODE_KINDS for member in view.of_kind(kind)]
+        for member in members:
+            if member.name in self._channels and member.state == DRAINING:
+                self._on_event(NodeDrained(member.name))
+        new = [member for member in members if member.name not in self._channels and member.state == READY]
+        await asyncio.gather(*map(self._join, new))
 
     def send(self, name: str, message: Any) -> None:
-        """Send a message to a node; one that cannot be reached is lost, and its loss an event."""
+        """Send a message to a node; one that is gone is lost once all that it said has been read."""
         channel = self._channels.get(name)
         if channel is None:
             return
         try:
             send_to_node(channel, message)
-        except ChannelError as error:
-            asyncio.get_running_loop().call_soon(self._lose, name, channel, error)
+        except ChannelError:  # not told at once: the sender may be in the midst of another event
+            asyncio.get_running_loop().call_soon(self._readable, name, channel)
             return
         self._watch_pending(name, channel)
 
@@ -57,15 +58,21 @@ class NodeLinks:
             self.send(name, AskReport())
 
     def close(self) -> None:
-        """Close all channels."""
+        """Close all channels, and those that are being opened."""
+        self._closed = True
         for name, channel in list(self._channels.items()):
             self._forget(name, channel)
 
     async def _join(self, member: Member) -> None:
         try:
-            channel = await asyncio.to_thread(connect, member.address, self._secret, self._name, CONNECT_TIMEOUT_S)
+            channel = await asyncio.to_thread(
+                connect, member.address, self._secret, self._name, CONNECT_TIMEOUT_S
+            )
         except ChannelError as error:
             logger.info("%s cannot be reached yet: %s", member.name, error)
+            return
+        if self._closed or member.name in self._channels:
+            channel.close()
             return
         channel.peer = member.name
         self._channels[member.name] = channel
@@ -75,6 +82,8 @@ class NodeLinks:
         self.send(member.name, AskReport())
 
     def _readable(self, name: str, channel: StreamChannel) -> None:
+        if self._channels.get(name) is not channel:
+            return
         try:
             while (frame := channel.receive_ready()) is not None:
                 self._on_event(NodeSaid(name, read_from_node(self._kinds[name], frame)))
@@ -89,9 +98,8 @@ class NodeLinks:
     def _writable(self, name: str, channel: StreamChannel) -> None:
         try:
             done = channel.push()
-        except ChannelError as error:
-            self._lose(name, channel, error)
-            return
+        except ChannelError:
+            done = True  # its end shows when it is read
         if done:
             self._writing.discard(name)
             asyncio.get_running_loop().remove_writer(channel.fileno())

@@ -9,7 +9,9 @@ from kernels.model.config import ModelConfig
 
 STARTING, READY, DRAINING = "starting", "ready", "draining"
 SILENT_S = 3.0
+LATE_S = 1.5  # a shard that missed two heartbeats may be dead: no new placement until that is known
 SETTLE_S = 1.0
+FIRST_SETTLE_S = 30.0  # at the start fewer shards than expected are most likely late, and all experts large
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Member:
 class View:
     """What the coordinator knows, as it goes back to every member.
 
-    `placement` is what shards are to load; `placement_in_force` is what nodes dispatch by, once all shards have it.
+    `placement` is what shards are to load; once all have it, it is also `placement_in_force`: nodes go by it.
     """
 
     members: tuple[Member, ...] = ()
@@ -44,16 +46,26 @@ class View:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request could be served: a node of each kind goes by the placement in force."""
-        if self.placement_in_force is None:
+        """Whether a request could be served: a node of each kind goes by some placement."""
+        kinds = {node.kind for node in self._nodes_ready() if node.report.experts_epoch > 0}
+        return self.placement_in_force is not None and {"prefill", "decode"} <= kinds
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every shard and node goes by the newest placement; until then heartbeats hurry."""
+        if self.placement is None or self.placement_in_force is None:
             return False
-        epoch = self.placement_in_force.epoch
-        kinds = {
-            member.kind
+        epoch = self.placement.epoch
+        return self.placement_in_force.epoch == epoch and all(
+            node.report.experts_epoch >= epoch for node in self._nodes_ready()
+        )
+
+    def _nodes_ready(self) -> list[Member]:
+        return [
+            member
             for member in self.members
-            if member.state == READY and isinstance(member.report, NodeReport) and member.report.experts_epoch >= epoch
-        }
-        return {"prefill", "decode"} <= kinds
+            if member.state == READY and isinstance(member.report, NodeReport)
+        ]
 
 
 class Membership:
@@ -64,13 +76,15 @@ class Membership:
         self._shards_expected_count = shards_expected_count
         self._members: dict[str, Member] = {}
         self._heard_s: dict[str, float] = {}
-        self._placement: Placement | None = None
-        self._in_force: Placement | None = None
+        no_experts = None if model.moe_layers else Placement(1, model.dense_layers_count, (), ())
+        self._placement: Placement | None = no_experts
+        self._in_force: Placement | None = no_experts
         self._shards_changed_s = 0.0
         self._shard_names: tuple[str, ...] = ()
 
     def heartbeat(self, member: Member, now_s: float) -> View:
         """Take a member's word and tell it what everybody has said."""
+        self._forget_predecessor(member)
         self._members[member.name] = member
         self._heard_s[member.name] = now_s
         return self.view(now_s)
@@ -88,33 +102,75 @@ class Membership:
         self._place(members, now_s)
         return View(members, self._placement, self._in_force)
 
+    def _forget_predecessor(self, member: Member) -> None:
+        """Forget who had this member's address before it: only gateways share one."""
+        if member.kind == "gateway" or not member.address:
+            return
+        for other in list(self._members.values()):
+            is_there = (other.host, other.address) == (member.host, member.address)
+            if is_there and other.name != member.name:
+                self.leave(other.name)
+
     def _place(self, members: tuple[Member, ...], now_s: float) -> None:
+        if not self._model.moe_layers:
+            return
         shards = [member for member in members if member.kind == "experts" and member.state != DRAINING]
         names = tuple(shard.name for shard in shards)
         if names != self._shard_names:
             self._shard_names, self._shards_changed_s = names, now_s
-        settled = len(shards) == self._shards_expected_count or now_s - self._shards_changed_s >= SETTLE_S
-        if shards and settled and self._model.moe_layers:
-            self._follow(shards)
+        seen_epoch = max(map(epoch_of, members), default=0)
+        if shards and self._is_settled(shards, seen_epoch, now_s):
+            self._follow(shards, seen_epoch)
         self._put_in_force(members)
 
-    def _follow(self, shards: list[Member]) -> None:
-        addresses = tuple(ShardAddress(shard.name, shard.address) for shard in shards)
-        if self._placement is not None and self._placement.shards == addresses:
+    def _is_settled(self, shards: list[Member], seen_epoch: int, now_s: float) -> bool:
+        if any(now_s - self._heard_s[shard.name] > LATE_S for shard in shards):
+            return False
+        unchanged_s = now_s - self._shards_changed_s
+        if self._placement is None and seen_epoch > 0:  # this coordinator is new, the cluster is not
+            return unchanged_s >= SETTLE_S
+        if len(shards) == self._shards_expected_count:
+            return True
+        return unchanged_s >= (FIRST_SETTLE_S if self._placement is None else SETTLE_S)
+
+    def _follow(self, shards: list[Member], seen_epoch: int) -> None:
+        """Place the experts anew if the shards are others, or if somebody goes by a later placement."""
+        addresses = self._placed(shards)
+        epoch = self._placement.epoch if self._placement else 0
+        if self._placement is not None and self._placement.shards == addresses and seen_epoch <= epoch:
             return
-        known = [shard.report.epoch for shard in shards if isinstance(shard.report, ShardReport)]
-        epoch = 1 + max([self._placement.epoch if self._placement else 0, *known])
         model = self._model
         self._placement = even_placement(
-            addresses, model.dense_layers_count, len(model.moe_layers), model.routed_experts_count, epoch
+            addresses,
+            model.dense_layers_count,
+            len(model.moe_layers),
+            model.routed_experts_count,
+            1 + max(epoch, seen_epoch),
         )
 
+    def _placed(self, shards: list[Member]) -> tuple[ShardAddress, ...]:
+        """Shards that get experts, by name; if there are too many, those that have some already."""
+        holding = {shard.name for shard in self._placement.shards} if self._placement else set()
+        first = sorted(shards, key=lambda shard: (shard.name not in holding, shard.name))
+        chosen = sorted(first[: self._model.routed_experts_count], key=lambda shard: shard.name)
+        return tuple(ShardAddress(shard.name, shard.address) for shard in chosen)
+
     def _put_in_force(self, members: tuple[Member, ...]) -> None:
-        if self._placement is None or self._placement == self._in_force:
+        if self._placement is None or self._placement is self._in_force:
             return
-        epochs = {member.name: member.report.epoch for member in members if isinstance(member.report, ShardReport)}
-        if all(epochs.get(shard.name, 0) >= self._placement.epoch for shard in self._placement.shards):
+        epochs = {member.name: epoch_of(member) for member in members}
+        if all(epochs.get(shard.name) == self._placement.epoch for shard in self._placement.shards):
             self._in_force = self._placement
+
+
+def epoch_of(member: Member) -> int:
+    """Epoch of the placement that a member goes by; 0 before the first."""
+    match member.report:
+        case ShardReport() as report:
+            return report.epoch
+        case NodeReport() as report:
+            return report.experts_epoch
+    return 0
 
 
 def without_load(member: Member) -> Member:

@@ -1,0 +1,232 @@
+"""Members come, go, fall silent and come back; placements follow, and their epochs never go back."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.membership import DRAINING, STARTING, Member, Membership, View, without_load
+from decode.messages import NodeReport
+from experts.messages import Placement, ShardReport
+from kernels.model.config import ModelConfig
+
+BEAT_S = 0.5
+FOLDER = "examples/trivium-small"
+
+
+def shard(name: str, epoch: int = 0, **values) -> Member:
+    """A shard as it describes itself."""
+    address = values.pop("address", f"unix:///{name}")
+    report = ShardReport(name, address, epoch, 0, 0, 0, 0, load=((1, 2),))
+    return Member(name, "experts", address, report=report, **values)
+
+
+def node(name: str, kind: str, epoch: int = 0, **values) -> Member:
+    """A prefill or decode node as it describes itself."""
+    address = values.pop("address", f"unix:///{name}")
+    report = NodeReport(name, kind, address, 0, 0, 0, 9, 9, 0, 0, 0, 0, epoch, 0)
+    return Member(name, kind, address, report=report, **values)
+
+
+class Town:
+    """A membership and everybody who beats, by hand."""
+
+    def __init__(self, expected_count: int = 2, folder_config: ModelConfig | None = None):
+        self.config = folder_config or ModelConfig.from_folder(FOLDER)
+        self.expected_count = expected_count
+        self.membership = Membership(self.config, expected_count)
+        self.members: dict[str, Member] = {}
+        self.now_s = 0.0
+
+    def add(self, *members: Member) -> None:
+        """Members that beat from now on."""
+        self.members |= {member.name: member for member in members}
+
+    def turn(self, beats_count: int = 1, obedient: bool = True) -> View:
+        """Everybody beats, and goes by what comes back."""
+        for _ in range(beats_count):
+            self.now_s += BEAT_S
+            for member in list(self.members.values()):
+                view = self.membership.heartbeat(member, self.now_s)
+                if obedient:
+                    self.members[member.name] = follow(member, view)
+        return self.membership.view(self.now_s)
+
+
+def follow(member: Member, view: View) -> Member:
+    """The member once it has done what a view asks for."""
+    if isinstance(member.report, ShardReport) and view.placement:
+        newest = max(member.report.epoch, view.placement.epoch)
+        return replace(member, report=replace(member.report, epoch=newest))
+    if isinstance(member.report, NodeReport) and view.placement_in_force:
+        newest = max(member.report.experts_epoch, view.placement_in_force.epoch)
+        return replace(member, report=replace(member.report, experts_epoch=newest))
+    return member
+
+
+def names(placement: Placement | None) -> list[str]:
+    """The shards of a placement."""
+    return [shard.name for shard in placement.shards] if placement else []
+
+
+@pytest.fixture
+def town() -> Town:
+    """Two shards, a prefill and a decode node, all settled at epoch 1."""
+    town = Town()
+    town.add(shard("a"), shard("b"), node("p", "prefill"), node("d", "decode"))
+    town.turn(3)
+    return town
+
+
+def test_a_cluster_settles_at_its_first_epoch(town):
+    view = town.turn()
+    assert view.placement.epoch == view.placement_in_force.epoch == 1
+    assert names(view.placement) == ["a", "b"]
+    assert view.is_ready
+    assert view.is_settled
+
+
+def test_nothing_is_placed_on_too_few_shards_at_the_start():
+    town = Town()
+    town.add(shard("a"))
+    assert town.turn(10).placement is None
+    town.add(shard("b"))
+    assert names(town.turn().placement) == ["a", "b"]
+    late = Town()
+    late.add(shard("a"))
+    assert names(late.turn(70).placement) == ["a"]
+
+
+def test_a_placement_is_in_force_once_every_shard_has_it():
+    town = Town()
+    town.add(shard("a"), shard("b"))
+    town.turn(4, obedient=False)
+    town.members["a"] = shard("a", epoch=1)
+    assert town.turn(2, obedient=False).placement_in_force is None
+    town.members["b"] = shard("b", epoch=1)
+    assert town.turn(obedient=False).placement_in_force.epoch == 1
+
+
+def test_a_dead_shard_is_replaced_without_a_placement_between(town):
+    del town.members["a"]
+    town.turn(4)
+    town.add(shard("c"))  # before the dead one has been silent long enough
+    placements = [town.turn().placement for _ in range(8)]
+    assert names(placements[-1]) == ["b", "c"]
+    assert {tuple(names(placement)) for placement in placements} == {("a", "b"), ("b", "c")}
+    assert placements[-1].epoch == 2
+
+
+def test_a_shard_that_was_only_late_changes_nothing(town):
+    absent = town.members.pop("a")
+    town.turn(5)
+    town.add(absent)
+    assert town.turn(10).placement.epoch == 1
+
+
+def test_the_rest_take_over_when_nobody_replaces_a_shard(town):
+    del town.members["a"]
+    assert names(town.turn(12).placement_in_force) == ["b"]
+
+
+def test_scaling_the_shards(town):
+    town.add(shard("c"))
+    assert names(town.turn(6).placement_in_force) == ["a", "b", "c"]
+    town.members["a"] = replace(town.members["a"], state=DRAINING)
+    view = town.turn(4)
+    assert names(view.placement_in_force) == ["b", "c"]
+    assert "a" in {member.name for member in view.members}, "it serves until nobody asks"
+
+
+def test_more_shards_than_experts_are_left_idle(town):
+    count = town.config.routed_experts_count
+    town.add(*(shard(f"A{index:03}") for index in range(count)))
+    placement = town.turn(6).placement_in_force
+    assert len(placement.shards) == count
+    assert {"a", "b"} <= set(names(placement)), "who has experts keeps some"
+
+
+def test_a_new_coordinator_goes_on_after_the_last_epoch(town):
+    town.add(shard("c"))
+    town.turn(6)
+    before = town.turn().placement_in_force
+    town.membership = Membership(town.config, town.expected_count)
+    assert town.membership.heartbeat(town.members["a"], town.now_s).placement is None
+    view = town.turn(6)
+    assert view.placement_in_force.epoch == before.epoch + 1
+    assert view.placement_in_force.homes == before.homes, "the same shards hold the same experts"
+
+
+def test_a_new_coordinator_and_new_shards_do_not_fall_behind_the_nodes(town):
+    town.add(shard("c"))
+    town.turn(6)
+    epoch = town.turn().placement_in_force.epoch
+    nodes = {name: town.members[name] for name in ("p", "d")}
+    town.membership = Membership(town.config, town.expected_count)
+    town.members = {}
+    town.add(shard("e"), shard("f"))
+    town.turn(2)
+    town.add(*nodes.values())  # heard of only after a placement has been made
+    view = town.turn(4)
+    assert view.placement_in_force.epoch > epoch
+    assert view.is_settled
+
+
+def test_who_takes_over_an_address_takes_the_place(town):
+    town.add(node("p2", "prefill", address="unix:///p"))
+    del town.members["p"]
+    assert [member.name for member in town.turn().of_kind("prefill")] == ["p2"]
+
+
+def test_gateways_share_an_address():
+    town = Town()
+    town.add(*(Member(name, "gateway", "127.0.0.1:50051") for name in ("g1", "g2")))
+    assert len(town.turn().of_kind("gateway")) == 2
+
+
+def test_members_without_an_address_do_not_replace_each_other():
+    town = Town()
+    town.add(*(Member(name, "decode", "", STARTING) for name in ("d1", "d2")))
+    assert len(town.turn().of_kind("decode")) == 2
+
+
+def test_silence_and_leaving(town):
+    town.membership.leave("p")
+    town.membership.leave("nobody")
+    assert town.membership.view(town.now_s).of_kind("prefill") == ()
+    assert town.membership.view(town.now_s + 3.5).members == ()
+
+
+def test_ready_while_a_new_placement_spreads(town):
+    town.add(shard("c"))
+    views = [town.turn() for _ in range(8)]
+    assert all(view.is_ready for view in views), "the placement before serves until the next is in force"
+    assert not all(view.is_settled for view in views)
+
+
+def test_not_ready_without_a_kind_or_a_placement(town):
+    view = town.turn()
+    for name in ("p", "d"):
+        fewer = tuple(member for member in view.members if member.name != name)
+        assert not replace(view, members=fewer).is_ready
+        draining = tuple(
+            replace(member, state=DRAINING) if member.name == name else member for member in view.members
+        )
+        assert not replace(view, members=draining).is_ready
+    assert not replace(view, placement_in_force=None).is_ready
+    assert not View().is_settled
+
+
+def test_a_model_without_experts_needs_no_shards():
+    config = replace(ModelConfig.from_folder(FOLDER), dense_layers_count=0)
+    layers_count = config.layers_count
+    town = Town(2, replace(config, dense_layers_count=layers_count))
+    town.add(node("p", "prefill"), node("d", "decode"), shard("a"))
+    view = town.turn(3)
+    assert not town.config.moe_layers
+    assert view.is_ready
+    assert view.placement.epoch == 1
+
+
+def test_load_tables_stay_with_the_coordinator():
+    assert without_load(shard("a")).report.load == ()
+    assert without_load(node("p", "prefill")).report == node("p", "prefill").report
