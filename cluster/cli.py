@@ -13,13 +13,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.client import Client, as_values
 from cluster.config import ClusterConfig, check_config, load_config
 from cluster.errors import InvalidConfig, InvalidRequest, TriviumError
-from cluster.requests import as_json, read_token_ids
+from cluster.requests import as_json, error_values, read_token_ids
 from cluster.show import collect, status_table, stream_to_screen
+from cluster.token_file import read_token
 from cluster.validation import ChatMessage, RequestedGeneration, RequestedSampling
 
 ADDRESS = "127.0.0.1:50051"
@@ -35,19 +37,27 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration wit
 app.add_typer(config_app, name="config")
 console = Console()
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file, such as examples/local.yaml")]
-ModelFolder = Annotated[Path | None, typer.Option("--model", help="folder of the checkpoint; overrides the file")]
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="YAML file, such as examples/local.yaml")
+]
+ModelFolder = Annotated[
+    Path | None, typer.Option("--model", help="folder of the checkpoint; overrides the file")
+]
 Text = Annotated[str | None, typer.Argument(metavar="TEXT", help="the prompt")]
 TokenIds = Annotated[str | None, typer.Option("--token-ids", help="the prompt as ids, such as 1,2,3")]
 Chat = Annotated[bool, typer.Option("--chat", help="send TEXT as a user's message through the chat template")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="tokens to generate at most")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy; without it 1")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="keep the k likeliest tokens")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="keep the likeliest tokens up to this probability")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="keep the likeliest tokens up to this probability")
+]
 MinP = Annotated[float | None, typer.Option("--min-p", help="drop tokens below this share of the likeliest")]
 Seed = Annotated[int | None, typer.Option("--seed", help="draw the same tokens again")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
-Logprobs = Annotated[int | None, typer.Option("--logprobs", help="report so many likely tokens each time (--json)")]
+Logprobs = Annotated[
+    int | None, typer.Option("--logprobs", help="report so many likely tokens each time (--json)")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on past the end of text")]
 Address = Annotated[str, typer.Option("--address", help="host:port of a gateway", envvar="TRIVIUM_ADDRESS")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document instead of text")]
@@ -63,12 +73,16 @@ def serve(
     decode: Annotated[int | None, typer.Option(help="decode nodes")] = None,
     shards: Annotated[int | None, typer.Option(help="expert shards")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free one")] = None,
-    greet: Annotated[bool, typer.Option("--greet", help="stream one generation to the screen when ready")] = False,
+    greet: Annotated[
+        bool, typer.Option("--greet", help="stream one generation to the screen when ready")
+    ] = False,
     once: Annotated[bool, typer.Option("--once", help="greet, then end every process")] = False,
 ) -> None:
     """Start a cluster on this host and serve until Ctrl-C."""
     with told():
-        checked = configured(config, model).with_overrides(prefill=prefill, decode=decode, shards=shards, port=port)
+        checked = configured(config, model).with_overrides(
+            prefill=prefill, decode=decode, shards=shards, port=port
+        )
         flags = [flag for flag, wanted in (("--greeting", greet), ("--once", once)) if wanted]
         become("cluster.launch", checked.model_dump_json(), *flags)
 
@@ -93,13 +107,15 @@ def generate(
     timeout_s: Timeout = None,
 ) -> None:
     """Send one request to a running cluster and stream its answer."""
-    with told():
+    with told(json_output):
         sampling = sampled(max_tokens, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos)
         request = asked(text, token_ids, chat, sampling)
-        run(send(request, address, read_token(token_file), timeout_s, json_output))
+        run(send(request, address, read_token(token_file, "--token-file"), timeout_s, json_output))
 
 
-@app.command(epilog="Example: trivium reference --model examples/trivium-small --token-ids 1,2,3 --temperature 0")
+@app.command(
+    epilog="Example: trivium reference --model examples/trivium-small --token-ids 1,2,3 --temperature 0"
+)
 def reference(
     text: Text = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file that names the model")] = None,
@@ -118,7 +134,7 @@ def reference(
     json_output: Json = False,
 ) -> None:
     """Answer the same request in one process without Ray: the truth that a cluster is compared with."""
-    with told():
+    with told(json_output):
         sampling = sampled(max_tokens, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos)
         request = asked(text, token_ids, chat, sampling)
         checked = configured(config, model)
@@ -129,8 +145,8 @@ def reference(
 @app.command(epilog="Example: trivium status --json")
 def status(address: Address = ADDRESS, json_output: Json = False, token_file: TokenFile = None) -> None:
     """Where each pool of a running cluster stands."""
-    with told():
-        run(show_status(address, read_token(token_file), json_output))
+    with told(json_output):
+        run(show_status(address, read_token(token_file, "--token-file"), json_output))
 
 
 @config_app.command("check", epilog="Example: trivium config check examples/local.yaml")
@@ -138,26 +154,35 @@ def config_check(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="
     """Say whether a file is a valid configuration, and if not what to change."""
     with told():
         load_config(config)
-        console.print(f"[green]valid[/] {config}")
+        console.print(f"[green]valid[/] {escape(str(config))}")
 
 
 @config_app.command("show", epilog="Example: trivium config show examples/local.yaml")
 def config_show(config: ConfigFile = None, json_output: Json = False) -> None:
     """Every key with its value and meaning; without a file the defaults."""
-    with told():
-        checked = load_config(config) if config else check_config({"model": {"folder": "."}}, "defaults", Path.cwd())
+    with told(json_output):
+        checked = (
+            load_config(config)
+            if config
+            else check_config({"model": {"folder": "."}}, "defaults", Path.cwd())
+        )
         console.print_json(checked.model_dump_json()) if json_output else console.print(config_table(checked))
 
 
-class told:  # noqa: N801  reads as `with told():`
-    """Tells a TriviumError to people on stderr and ends with status 1."""
+class told:
+    """Tells a TriviumError to people on stderr, to programs as JSON on stdout, and ends with status 1."""
+
+    def __init__(self, json_output: bool = False):
+        self._json_output = json_output
 
     def __enter__(self) -> None:
         """Nothing to prepare."""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, TriviumError):
-            Console(stderr=True).print(f"[red]error[/] {error}", highlight=False)
+            if self._json_output:
+                print(json.dumps(error_values(error)))
+            Console(stderr=True).print(f"[red]error[/] {escape(str(error))}", highlight=False)
             raise typer.Exit(1) from error
 
 
@@ -175,7 +200,9 @@ def configured(config: Path | None, model: Path | None) -> ClusterConfig:
     )
 
 
-def asked(text: str | None, token_ids: str | None, chat: bool, sampling: RequestedSampling) -> RequestedGeneration:
+def asked(
+    text: str | None, token_ids: str | None, chat: bool, sampling: RequestedSampling
+) -> RequestedGeneration:
     """The request that a command line asks for; raises InvalidRequest where it asks for none or two."""
     if (text is None) == (token_ids is None):
         raise InvalidRequest(
@@ -184,6 +211,13 @@ def asked(text: str | None, token_ids: str | None, chat: bool, sampling: Request
             field="TEXT or --token-ids",
             remedy='Give a text, as in `trivium generate "Once upon a time"`, or --token-ids 1,2,3.',
         )
+    if token_ids is not None and chat:
+        raise InvalidRequest(
+            reason="CHAT_WITHOUT_TEXT",
+            message="a chat template needs a text",
+            field="--chat",
+            remedy="Give TEXT instead of --token-ids, or leave --chat out.",
+        )
     if token_ids is not None:
         return RequestedGeneration(token_ids=read_token_ids(token_ids), sampling=sampling)
     if chat:
@@ -191,7 +225,9 @@ def asked(text: str | None, token_ids: str | None, chat: bool, sampling: Request
     return RequestedGeneration(text=text, sampling=sampling)
 
 
-def sampled(tokens_max, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos) -> RequestedSampling:
+def sampled(
+    tokens_max, temperature, top_k, top_p, min_p, seed, stop, logprobs, ignore_eos
+) -> RequestedSampling:
     """Sampling parameters in the words of the validator."""
     return RequestedSampling(
         temperature=temperature,
@@ -236,24 +272,11 @@ def config_table(config: ClusterConfig) -> Table:
     for name, field in type(config).model_fields.items():
         section = getattr(config, name)
         if not hasattr(type(section), "model_fields"):
-            table.add_row(name, str(section), field.description)
+            table.add_row(name, escape(str(section)), field.description)
             continue
         for key, inner in type(section).model_fields.items():
-            table.add_row(f"{name}.{key}", str(getattr(section, key)), inner.description)
+            table.add_row(f"{name}.{key}", escape(str(getattr(section, key))), inner.description)
     return table
-
-
-def read_token(path: Path | None) -> str | None:
-    """The bearer token in a file, or None; raises InvalidConfig."""
-    try:
-        return None if path is None else path.read_text().strip()
-    except OSError as error:
-        raise InvalidConfig(
-            reason="NO_TOKEN_FILE",
-            message=f"cannot be read: {error.strerror}",
-            field="--token-file",
-            remedy="Name a file that holds the token.",
-        ) from error
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

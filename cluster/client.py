@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from cluster import gateway_messages as wire
-from cluster.errors import NodeUnavailable, TriviumError
+from cluster.errors import InvalidRequest, NodeUnavailable, TriviumError
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.validation import RequestedGeneration
 
@@ -56,7 +56,10 @@ class Client:
     """One channel to the gateways at an address."""
 
     def __init__(self, address: str, token: str | None = None):
-        options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.max_send_message_length", -1)]
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_send_message_length", -1),
+        ]
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = trivium_pb2_grpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -72,7 +75,7 @@ class Client:
         self, request: RequestedGeneration, timeout_s: float | None = None
     ) -> AsyncIterator[Admitted | Delta | Finished]:
         """Stream a generation; raises TriviumError. Leaving the loop early cancels the request."""
-        call = self._stub.Generate(wire.from_requested(request), timeout=timeout_s, metadata=self._metadata)
+        call = self._stub.Generate(as_message(request), timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield read_response(response)
@@ -102,6 +105,20 @@ class Client:
             return await method(message, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise_typed(error)
+
+
+def as_message(request: RequestedGeneration) -> trivium_pb2.GenerateRequest:
+    """A request as it travels; raises InvalidRequest for numbers and texts that no message can hold."""
+    try:
+        return wire.from_requested(request)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            reason="UNSENDABLE",
+            message=f"the request cannot be sent: {error}",
+            field="request",
+            limit="numbers of 32 bits, seeds of 64, texts in Unicode",
+            remedy="Correct the value.",
+        ) from error
 
 
 def read_response(response: trivium_pb2.GenerateResponse) -> Admitted | Delta | Finished:

@@ -1,17 +1,19 @@
 """Where a gateway's requests wait for their tokens: the router's commands carried out in one event loop."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
 
-from cluster.errors import NodeUnavailable, Overloaded, TriviumError
+from cluster.errors import InvalidRequest, NodeUnavailable, Overloaded, TriviumError
 from cluster.events import (
     Command,
     DeliverTokens,
     Event,
     FailRequest,
     FinishRequest,
+    NodeLost,
     NodeSaid,
     RequestAdmitted,
     RequestCancelled,
@@ -24,9 +26,13 @@ from cluster.membership import View
 from cluster.router import Router
 from decode.messages import NodeReport
 
+logger = logging.getLogger(__name__)
+
 TICK_S = 0.05
 REPORTS_EVERY_TICKS = 5
+RATE_OVER_S = 0.5
 RETRY_AFTER_S = 1.0
+UNSERVABLE = ("request_too_large", "invalid_prompt")  # reasons for which the same request fails again
 
 Output = DeliverTokens | FinishRequest
 
@@ -52,6 +58,12 @@ class Desk:
         await self._links.follow(view)
 
     @property
+    def can_serve(self) -> bool:
+        """Whether a node of each kind takes requests and knows where experts are, as it has said itself."""
+        ready = [node for node in self.router.nodes.values() if node.is_ready]
+        return {"prefill", "decode"} <= {node.kind for node in ready if node.report.experts_epoch > 0}
+
+    @property
     def requests_count(self) -> int:
         """Requests that have not ended."""
         return len(self._outputs)
@@ -61,7 +73,7 @@ class Desk:
         return uuid.uuid4().hex
 
     def admit(self, request: RoutedRequest) -> None:
-        """Take a request, whose outputs `follow_outputs` then gives; raises Overloaded."""
+        """Take a request, whose outputs `outputs` then gives until `leave`; raises Overloaded."""
         if self.router.requests_waiting_count >= self.requests_waiting_max:
             raise Overloaded(
                 reason="TOO_MANY_WAITING",
@@ -75,7 +87,7 @@ class Desk:
         self.tell(RequestAdmitted(request))
 
     async def outputs(self, request_id: str) -> AsyncIterator[list[Output]]:
-        """What a request has brought since the last time, until it has ended; raises TriviumError if it fails."""
+        """What a request has brought since the last time, to its end; raises TriviumError if it fails."""
         queue = self._outputs[request_id]
         while True:
             batch = [await queue.get()]
@@ -83,22 +95,17 @@ class Desk:
                 batch.append(queue.get_nowait())
             failed = next((output for output in batch if isinstance(output, FailRequest)), None)
             if failed is not None:
-                raise unavailable(failed)
+                raise failure(failed)
             yield batch
             if isinstance(batch[-1], FinishRequest):
                 return
 
     def finish_now(self, request_id: str, reason: str) -> FinishRequest:
-        """The end of a request that its client's side ends, as after a stop string."""
-        route = self.router.routes.get(request_id)
-        if route is None:  # its last output is still in the queue
-            return next(output for output in self._left(request_id) if isinstance(output, FinishRequest))
+        """End a request under way, as after a stop string: its nodes are free of it at once."""
+        route = self.router.routes[request_id]
         phases = self.router.phases(route, time.monotonic())
+        self.tell(RequestCancelled(request_id))
         return FinishRequest(request_id, reason, route.cached_tokens_count, phases)
-
-    def _left(self, request_id: str) -> list[Output | FailRequest]:
-        queue = self._outputs[request_id]
-        return [queue.get_nowait() for _ in range(queue.qsize())]
 
     def leave(self, request_id: str) -> None:
         """Nobody waits for a request any more, whether it has ended or not."""
@@ -109,6 +116,9 @@ class Desk:
         """Tell the router what happened, and do what it says."""
         if isinstance(event, NodeSaid) and isinstance(event.message, NodeReport):
             self._note_rate(event.message)
+        if isinstance(event, NodeLost):
+            self._seen.pop(event.name, None)
+            self.tokens_per_s.pop(event.name, None)
         for command in self.router.handle(event, time.monotonic()):
             self._do(command)
 
@@ -130,24 +140,33 @@ class Desk:
         ticks_count = 0
         while True:
             await asyncio.sleep(TICK_S)
-            self.tell(TimePassed())
             ticks_count += 1
-            if ticks_count % REPORTS_EVERY_TICKS == 0:
-                self._links.ask_reports()
+            try:
+                self.tell(TimePassed())
+                if ticks_count % REPORTS_EVERY_TICKS == 0:
+                    self._links.ask_reports()
+            except Exception:
+                logger.exception("time could not pass for the router; it goes on with the next tick")
 
     def _note_rate(self, report: NodeReport) -> None:
         now_s = time.monotonic()
-        before_s, before_count = self._seen.get(report.name, (now_s, report.tokens_count))
-        if now_s > before_s:
+        before_s, before_count = self._seen.setdefault(report.name, (now_s, report.tokens_count))
+        if now_s - before_s >= RATE_OVER_S:  # reports that waited come together, and tell no rate
             self.tokens_per_s[report.name] = (report.tokens_count - before_count) / (now_s - before_s)
-        self._seen[report.name] = (now_s, report.tokens_count)
+            self._seen[report.name] = (now_s, report.tokens_count)
 
 
-def unavailable(failed: FailRequest) -> TriviumError:
-    """The error that a client sees for a request that nodes gave up."""
+def failure(failed: FailRequest) -> TriviumError:
+    """The error that a client sees; what nodes say may name addresses, and goes to the log alone."""
+    reason = failed.reason.upper()
+    if failed.reason in UNSERVABLE:
+        return InvalidRequest(
+            reason, failed.message, field="request", remedy="Change it; it would fail again."
+        )
+    logger.warning("request %s failed: %s: %s", failed.request_id, failed.reason, failed.message)
     return NodeUnavailable(
-        reason=failed.reason.upper(),
-        message=failed.message,
+        reason,
+        f"nodes gave the request up: {failed.reason.replace('_', ' ')}",
         remedy="Send the request again; if it goes on failing, see `trivium status`.",
         retry_after_s=RETRY_AFTER_S,
     )

@@ -17,6 +17,7 @@ from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.place import Place, context_tokens_max
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.token_file import read_token
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestLimits
 from kernels.model.config import ModelConfig
@@ -28,7 +29,9 @@ MESSAGE_BYTES_PER_TOKEN = 16
 MESSAGE_BYTES_MIN = 1 << 20
 READ_BYTES_MAX = 128 << 20  # read whole and refused with a typed error; beyond it gRPC itself refuses
 DRAIN_S = 600.0
+NOTICED_S = 1.0  # in which balancers hear that this gateway drains
 GRACE_S = 5.0
+HEALTH_S = 0.1
 
 
 class GatewayActor:
@@ -37,18 +40,20 @@ class GatewayActor:
     kind = "gateway"
 
     async def __init__(self, place: Place, coordinator: Any, *pools: Any):
-        """`pools` are handles that this gateway does not call: with them Serve knows the pools as one application."""
+        """`pools` are handles that make them and this gateway one application for Serve."""
         self.name = member_name(self.kind)
         self.state = READY
         section = place.config.gateway
         model = served_model(place)
-        self.desk = Desk(self.name, place.secret, place.config.transport.lease_s, section.requests_waiting_max)
+        self.desk = Desk(
+            self.name, place.secret, place.config.transport.lease_s, section.requests_waiting_max
+        )
         self.service = InferenceService(model, self.desk, section.stall_timeout_s)
         self.health = health.aio.HealthServicer()
         limit = section.message_bytes_max or max(
             MESSAGE_BYTES_MIN, MESSAGE_BYTES_PER_TOKEN * model.limits.context_tokens_max
         )
-        self.server = make_server(limit, read_token(place))
+        self.server = make_server(limit, read_token(section.token_file, "gateway.token_file"))
         trivium_pb2_grpc.add_InferenceServicer_to_server(self.service, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -58,6 +63,7 @@ class GatewayActor:
         await self._set_health(False)
         await self.server.start()
         self.desk.start()
+        self._watching = asyncio.get_running_loop().create_task(self._keep_health())
         self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
         self.heartbeat.start()
 
@@ -67,10 +73,9 @@ class GatewayActor:
         return Member(self.name, self.kind, self.address, self.state, requests_count=count, **host_and_pid())
 
     async def on_view(self, view: View) -> None:
-        """Know the newest nodes, and say by health whether a request could be served."""
+        """Know the newest nodes."""
         self.service.view = view
         await self.desk.follow(view)
-        await self._set_health(view.is_ready and self.state == READY)
 
     async def check_health(self) -> None:
         """Serve asks from time to time; an answer is enough."""
@@ -78,17 +83,28 @@ class GatewayActor:
     async def __del__(self) -> None:
         """Take no new calls, finish those that run, then go."""
         self.state = DRAINING
+        self._watching.cancel()
         await self._set_health(False)
         await self.heartbeat.announce()
-        end_s = asyncio.get_running_loop().time() + DRAIN_S
-        while self.desk.requests_count and asyncio.get_running_loop().time() < end_s:
-            await asyncio.sleep(0.1)
+        await asyncio.sleep(NOTICED_S)
+        closing = asyncio.get_running_loop().create_task(self.server.stop(DRAIN_S))  # refuses from now on
+        while self.desk.requests_count and not closing.done():
+            await asyncio.sleep(HEALTH_S)
         await self.heartbeat.stop()
-        await self.server.stop(GRACE_S)
+        await self.server.stop(GRACE_S)  # those who watch health or hold a reflection stream stay no longer
+        await closing
         self.desk.close()
 
+    async def _keep_health(self) -> None:
+        """Say by health whether a request could be served, as the nodes themselves tell."""
+        while True:
+            await self._set_health(self.desk.can_serve)
+            await asyncio.sleep(HEALTH_S)
+
     async def _set_health(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
         for service in ("", SERVICE):
             await self.health.set(service, status)
 
@@ -134,19 +150,15 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
         ) from error
 
 
-def read_token(place: Place) -> str | None:
-    """The bearer token that clients must send, or None."""
-    path = place.config.gateway.token_file
-    return None if path is None else path.read_text().strip()
-
-
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without the bearer token before anything of them is read; health needs none."""
 
     def __init__(self, token: str):
         self._expected = f"Bearer {token}"
 
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+    async def intercept_service(
+        self, continuation: Any, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
         """The handler, or one that refuses."""
         handler = await continuation(details)
         sent = dict(details.invocation_metadata).get("authorization", "")

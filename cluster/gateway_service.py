@@ -11,7 +11,7 @@ from cluster import gateway_messages as wire
 from cluster.desk import Desk, Output
 from cluster.errors import Cancelled
 from cluster.events import DeliverTokens, FinishRequest, RoutedRequest
-from cluster.membership import DRAINING, Member, View
+from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.text_stream import TextDelta, TextStream
 from cluster.tokenizer import Tokenizer
@@ -23,6 +23,11 @@ KINDS = {
     "gateway": trivium_pb2.NODE_KIND_GATEWAY,
     "prefill": trivium_pb2.NODE_KIND_PREFILL,
     "decode": trivium_pb2.NODE_KIND_DECODE,
+}
+STATES = {
+    STARTING: trivium_pb2.STATE_STARTING,
+    READY: trivium_pb2.STATE_READY,
+    DRAINING: trivium_pb2.STATE_DRAINING,
 }
 COUNTS = (
     "requests_running_count",
@@ -57,19 +62,19 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
         self._desk = desk
         self._stall_timeout_s = stall_timeout_s
 
-    async def Generate(self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+    async def Generate(self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Validate, admit, stream; a call that ends early ends its request."""
         valid = await self._validated(request)
         request_id = self._desk.new_request_id()
-        self._desk.admit(RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority))
         try:
+            self._desk.admit(RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority))
             await self._write(context, wire.admitted(request_id, len(valid.token_ids), valid.sampling.seed))
             async for response in self._responses(request_id, valid):
                 await self._write(context, response)
         finally:
             self._desk.leave(request_id)
 
-    async def GetModel(  # noqa: N802
+    async def GetModel(
         self, request: trivium_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> trivium_pb2.GetModelResponse:
         """Which model is served."""
@@ -88,7 +93,7 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             has_chat_template=model.tokenizer is not None and model.tokenizer.has_chat_template,
         )
 
-    async def GetCluster(  # noqa: N802
+    async def GetCluster(
         self, request: trivium_pb2.GetClusterRequest, context: grpc.aio.ServicerContext
     ) -> trivium_pb2.GetClusterResponse:
         """Which nodes and shards there are, and how busy each is."""
@@ -120,17 +125,19 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             ) from None
 
     async def _responses(self, request_id: str, valid: ValidRequest) -> Responses:
-        text = TextStream(self._model.tokenizer, valid.token_ids, valid.stop_strings, valid.sampling.tokens_min)
+        text = TextStream(
+            self._model.tokenizer, valid.token_ids, valid.stop_strings, valid.sampling.tokens_min
+        )
         sent_count, last_id = 0, 0
         async for outputs in self._desk.outputs(request_id):
             delta = Delta()
             finish = delta.take(outputs, text, self._model.tokenizer)
             sent_count += len(delta.token_ids)
             last_id = delta.token_ids[-1] if delta.token_ids else last_id
+            if delta.matched is not None and finish is None:
+                finish = self._desk.finish_now(request_id, STOP_STRING)
             if delta.token_ids or delta.text:
                 yield wire.delta(delta.text, delta.token_ids, delta.logprobs)
-            if delta.matched is not None:
-                finish = self._desk.finish_now(request_id, STOP_STRING)
             if finish is not None:
                 usage = wire.Usage(len(valid.token_ids), finish.cached_tokens_count, sent_count)
                 yield _finished(finish, delta.matched, last_id, usage)
@@ -139,7 +146,7 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
     def _node(self, member: Member) -> trivium_pb2.Node:
         known = self._desk.router.nodes.get(member.name)
         report = known.report if known is not None and known.report else member.report
-        node = trivium_pb2.Node(name=member.name, kind=KINDS[member.kind], state=_state(member))
+        node = trivium_pb2.Node(name=member.name, kind=KINDS[member.kind], state=STATES[member.state])
         if isinstance(report, NodeReport):
             for count in COUNTS:
                 setattr(node, count, getattr(report, count))
@@ -158,15 +165,17 @@ class Delta:
         self.logprobs: list[wire.TokenLogprob] = []
         self.matched: str | None = None
 
-    def take(self, outputs: list[Output], text: TextStream, tokenizer: Tokenizer | None) -> FinishRequest | None:
-        """Take outputs up to a stop string; the finish if the request has ended by itself."""
+    def take(
+        self, outputs: list[Output], text: TextStream, tokenizer: Tokenizer | None
+    ) -> FinishRequest | None:
+        """Take what comes before a stop string; the finish, if the nodes have ended the request."""
         for output in outputs:
             if isinstance(output, FinishRequest):
-                self._add_text(text.flush())
+                if self.matched is None:
+                    self._add_text(text.flush())
                 return output
-            self._take_tokens(output, text, tokenizer)
-            if self.matched is not None:
-                return None
+            if self.matched is None:
+                self._take_tokens(output, text, tokenizer)
         return None
 
     def _take_tokens(self, output: DeliverTokens, text: TextStream, tokenizer: Tokenizer | None) -> None:
@@ -202,15 +211,11 @@ def _logprob(token_id: int, found: TokenLogprob, tokenizer: Tokenizer | None) ->
     return wire.TokenLogprob(token_id, text_of(token_id), found.chosen, top)
 
 
-def _state(member: Member) -> int:
-    return trivium_pb2.STATE_DRAINING if member.state == DRAINING else trivium_pb2.STATE_READY
-
-
 def _shard(member: Member) -> trivium_pb2.Shard:
     report = member.report
     return trivium_pb2.Shard(
         name=member.name,
-        state=_state(member),
+        state=STATES[member.state],
         experts_count=report.experts_count,
         dispatches_count=report.dispatches_count,
         tokens_count=report.slots_count,

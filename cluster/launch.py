@@ -9,6 +9,7 @@ import json
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -18,23 +19,27 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster import pools
 from cluster.client import Client
 from cluster.config import ClusterConfig, check_config
 from cluster.errors import InvalidConfig, TriviumError
-from cluster.membership import View
+from cluster.membership import READY, View
 from cluster.model_folder import open_checkpoint
 from cluster.place import Place
 from cluster.show import cluster_table, stream_to_screen
+from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
 
 GREETING = "The place where three roads meet"
+GREETING_IDS = (1, 2, 3)  # for a model without a tokenizer
 GREETING_TOKENS = 48
+GREETING_TIMEOUT_S = 120.0
 READY_TIMEOUT_S = 600.0
 POLL_S = 0.1
-KINDS = ("gateway", "prefill", "decode", "experts")
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 console = Console()
 
@@ -46,21 +51,26 @@ class Cluster:
         self.config = config
         self.sockets_folder = tempfile.mkdtemp(prefix="trivium-")
         self.dashboard = ""
+        self._is_deployed = False
 
     def start(self, on_stage: Callable[[str], None], on_view: Callable[[View], None]) -> View:
-        """Start everything; returns when a request would be served. Raises TriviumError, NotReady."""
+        """Start everything; returns when a request would be served. Raises TriviumError."""
         on_stage("checking the model")
         check_model(self.config)
+        check_surroundings(self.config)
         on_stage("starting Ray")
         self.dashboard = pools.start_ray(self.config.dashboard.enabled, self.config.dashboard.port).dashboard
         on_stage("starting the pools")
+        self._is_deployed = True
         pools.deploy(Place(self.config, secrets.token_hex(32), self.sockets_folder))
         return self._wait_ready(on_view)
 
     def stop(self) -> None:
         """End every process and remove what was left on disk."""
-        pools.stop()
-        shutil.rmtree(self.sockets_folder, ignore_errors=True)
+        try:
+            pools.stop(self._is_deployed)
+        finally:
+            shutil.rmtree(self.sockets_folder, ignore_errors=True)
 
     @property
     def address(self) -> str:
@@ -92,9 +102,10 @@ def not_ready(why: str) -> InvalidConfig:
 
 def is_complete(view: View, config: ClusterConfig) -> bool:
     """Whether every actor that was asked for is here, and a request would be served."""
-    wanted = (config.gateway.count, config.prefill.count, config.decode.count, config.experts.shards_count)
-    counts = tuple(len(view.of_kind(kind)) for kind in KINDS)
-    return view.is_ready and all(count >= one for count, one in zip(counts, wanted, strict=True))
+    return view.is_ready and all(
+        sum(member.state == READY for member in view.of_kind(kind)) >= count
+        for kind, count in counts(config).items()
+    )
 
 
 def check_model(config: ClusterConfig) -> None:
@@ -110,13 +121,46 @@ def check_model(config: ClusterConfig) -> None:
             remedy="Ask for fewer shards.",
         )
     for notice in checkpoint.notices:
-        console.print(f"[yellow]note[/] {notice}")
+        console.print(f"[yellow]note[/] {escape(notice)}")
+
+
+def check_surroundings(config: ClusterConfig) -> None:
+    """See that ports are free and the token can be read, before anything is started; raises InvalidConfig."""
+    read_token(config.gateway.token_file, "gateway.token_file")
+    if pools.joins_existing():
+        return  # gateways and dashboard may be on other hosts
+    check_port(config.gateway.host, config.gateway.port, "gateway.port")
+    if config.dashboard.enabled:
+        check_port("127.0.0.1", config.dashboard.port, "dashboard.port")
+
+
+def check_port(host: str, port: int, field: str) -> None:
+    """Raises InvalidConfig if a port is taken: a gateway would quietly share it with another cluster's."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InvalidConfig(
+            reason="PORT_TAKEN",
+            message=f"{host}:{port} cannot be listened on: {error.strerror}",
+            field=field,
+            remedy="Name a free port and an address of this host, or port 0 for any free one.",
+        ) from error
 
 
 def start_with_progress(cluster: Cluster) -> View:
     """Start a cluster with a line for each stage and a bar for each pool."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=not console.is_terminal) as progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=not console.is_terminal
+    ) as progress:
         stages: list[int] = []
         bars: dict[str, int] = {}
 
@@ -128,11 +172,12 @@ def start_with_progress(cluster: Cluster) -> View:
                 console.print(f"{stage} ...")
 
         def on_view(view: View) -> None:
-            for kind, count in zip(KINDS, counts(cluster.config), strict=True):
+            for kind, count in counts(cluster.config).items():
                 members = view.of_kind(kind)
-                task = bars.setdefault(kind, progress.add_task(f"  {kind}", total=count, note="")) if kind not in bars else bars[kind]
+                if kind not in bars:
+                    bars[kind] = progress.add_task(f"  {kind}", total=count, note="")
                 done = sum(member.loaded_share for member in members)
-                progress.update(task, completed=done, note=f"{len(members)} of {count}")
+                progress.update(bars[kind], completed=done, note=f"{len(members)} of {count}")
 
         view = cluster.start(on_stage, on_view)
         for task in stages:
@@ -140,47 +185,65 @@ def start_with_progress(cluster: Cluster) -> View:
     return view
 
 
-def counts(config: ClusterConfig) -> tuple[int, int, int, int]:
+def counts(config: ClusterConfig) -> dict[str, int]:
     """How many actors of each kind are wanted."""
-    return (config.gateway.count, config.prefill.count, config.decode.count, config.experts.shards_count)
+    return {
+        "gateway": config.gateway.count,
+        "prefill": config.prefill.count,
+        "decode": config.decode.count,
+        "experts": config.experts.shards_count,
+    }
 
 
-async def greet(address: str) -> None:
-    """Stream one real generation to the screen."""
-    request = RequestedGeneration(
-        text=GREETING, sampling=RequestedSampling(temperature=0.0, tokens_max=GREETING_TOKENS, ignore_eos=True)
-    )
-    async with Client(address) as client:
-        await stream_to_screen(client.generate(request, timeout_s=120.0), console)
+async def greet(address: str, token: str | None) -> None:
+    """Stream one real generation to the screen; raises TriviumError."""
+    async with Client(address, token) as client:
+        model = await client.get_model()
+        length = min(GREETING_TOKENS, model.context_tokens_max // 2)
+        sampling = RequestedSampling(temperature=0.0, tokens_max=length, ignore_eos=True)
+        prompt = {"text": GREETING} if model.has_tokenizer else {"token_ids": GREETING_IDS}
+        request = RequestedGeneration(**prompt, sampling=sampling)
+        await stream_to_screen(client.generate(request, timeout_s=GREETING_TIMEOUT_S), console)
 
 
 def wait_for_signal() -> None:
     """Return at Ctrl-C or when asked to end."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, lambda *_: ended.set())
     ended.wait()
 
 
 def main(config_json: str, greeting: bool = False, once: bool = False) -> None:
-    """Serve until told to stop."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    cluster = Cluster(check_config(json.loads(config_json), "command line", Path.cwd()))
+    """Serve until told to stop: 0 if told once it served, 1 for an error, 128 + signal if told before."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    cluster = None
     try:
-        view = start_with_progress(cluster)
-        console.print(cluster_table(view, cluster.address, cluster.dashboard))
-        if greeting or once:
-            asyncio.run(greet(cluster.address))
-        if not once:
-            console.print("Ctrl-C ends it.")
-            wait_for_signal()
+        cluster = Cluster(check_config(json.loads(config_json), "command line", Path.cwd()))
+        serve(cluster, greeting or once, once)
     except TriviumError as error:
-        console.print(f"[red]error[/] {error}")
+        Console(stderr=True).print(f"[red]error[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        cluster.stop()
+        for number in (signal.SIGINT, *SIGNALS):  # so that nothing is left half ended
+            signal.signal(number, signal.SIG_IGN)
+        if cluster is not None:
+            cluster.stop()
+
+
+def serve(cluster: Cluster, greeting: bool, once: bool) -> None:
+    """Start a cluster, show it, and wait for its end; raises TriviumError."""
+    view = start_with_progress(cluster)
+    address = cluster.address
+    console.print(cluster_table(view, address, cluster.dashboard))
+    if greeting:
+        asyncio.run(greet(address, read_token(cluster.config.gateway.token_file, "gateway.token_file")))
+    if not once:
+        console.print("Ctrl-C ends it.")
+        wait_for_signal()
 
 
 if __name__ == "__main__":

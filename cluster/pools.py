@@ -6,6 +6,7 @@ token and no tensor ever goes through it.
 
 import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.actors import DRAIN_S, DecodeActor, PrefillActor, ShardActor
 from cluster.coordinator import Coordinator
+from cluster.errors import InvalidConfig
 from cluster.gateway import GatewayActor
 from cluster.membership import View
 from cluster.place import Place
@@ -35,19 +37,35 @@ class RayAddresses:
 
 
 def start_ray(dashboard: bool, dashboard_port: int) -> RayAddresses:
-    """Start a Ray cluster on this host, or join the one that RAY_ADDRESS names; its logs stay in its files."""
+    """Start a Ray cluster on this host, or join the one that RAY_ADDRESS names; raises InvalidConfig."""
     if ray.is_initialized():
         return RayAddresses("")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    existing = "RAY_ADDRESS" in os.environ
-    own = {} if existing else {
+    own = {
+        "address": "local",
         "include_dashboard": dashboard,
         "dashboard_port": dashboard_port or None,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
-    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **own)
+    at_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        context = ray.init(
+            log_to_driver=False, logging_level=logging.ERROR, **({} if joins_existing() else own)
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise InvalidConfig(
+            reason="RAY_NOT_STARTED",
+            message=f"Ray could not be started: {error}",
+            remedy="Correct RAY_ADDRESS, or leave it out to start a Ray of its own.",
+        ) from error
+    signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put a handler of its own there
     return RayAddresses(context.dashboard_url or "")
+
+
+def joins_existing() -> bool:
+    """Whether the pools go to a Ray cluster that others have started."""
+    return "RAY_ADDRESS" in os.environ
 
 
 def deploy(place: Place) -> None:
@@ -108,7 +126,11 @@ def problems() -> list[str]:
     """What Serve says of deployments that cannot start."""
     application_status = serve.status().applications.get(APPLICATION)
     deployments = application_status.deployments if application_status else {}
-    return [f"{name}: {status.message}" for name, status in deployments.items() if "UNHEALTHY" in status.status.name]
+    return [
+        f"{name}: {status.message}"
+        for name, status in deployments.items()
+        if status.status.name in ("UNHEALTHY", "DEPLOY_FAILED")
+    ]
 
 
 def undeploy() -> None:
@@ -116,8 +138,10 @@ def undeploy() -> None:
     serve.delete(APPLICATION)
 
 
-def stop() -> None:
-    """End the pools; a Ray cluster that was started here ends with them, requests and all."""
-    if "RAY_ADDRESS" in os.environ:
-        undeploy()
-    ray.shutdown()
+def stop(is_deployed: bool = True) -> None:
+    """End the pools that were deployed here; a Ray cluster that was started here ends with them."""
+    try:
+        if is_deployed and joins_existing() and ray.is_initialized():
+            undeploy()
+    finally:
+        ray.shutdown()

@@ -3,11 +3,12 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from cluster.config import check_config
@@ -16,7 +17,8 @@ from cluster.events import RoutedRequest
 from cluster.model_folder import open_checkpoint
 from cluster.place import context_tokens_max
 from cluster.reference import Generation, Reference, RequestRefused
-from cluster.requests import from_json
+from cluster.requests import error_values, from_json
+from cluster.show import printable
 from cluster.text_stream import TextStream
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestLimits, ValidRequest, validate
@@ -24,13 +26,26 @@ from cluster.validation import RequestLimits, ValidRequest, validate
 console = Console(stderr=True)
 
 
-def main(config_json: str, request_json: str, json_output: Annotated[bool, typer.Option("--json")] = False) -> None:
+def main(
+    config_json: str, request_json: str, json_output: Annotated[bool, typer.Option("--json")] = False
+) -> None:
     """Load the model, answer, and print."""
     try:
         print_answer(config_json, request_json, json_output)
-    except (TriviumError, RequestRefused) as error:
-        console.print(f"[red]error[/] {error}", highlight=False)
-        sys.exit(1)
+    except RequestRefused as error:
+        tell(TriviumError("REQUEST_REFUSED", str(error)), json_output)
+    except TriviumError as error:
+        tell(error, json_output)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def tell(error: TriviumError, json_output: bool) -> NoReturn:
+    """Tell an error to people and, where they asked for JSON, to programs; ends with status 1."""
+    if json_output:
+        print(json.dumps(error_values(error)))
+    console.print(f"[red]error[/] {escape(str(error))}", highlight=False)
+    sys.exit(1)
 
 
 def print_answer(config_json: str, request_json: str, json_output: bool) -> None:
@@ -72,11 +87,14 @@ def show(generation: Generation, text: TextStream, valid: ValidRequest, json_out
             reason = "stop_string"
             break
     else:
-        words += text.flush().text
+        delta = text.flush()
+        words += delta.text
+        reason = reason if delta.matched is None else "stop_string"
     if json_output:
-        print(json.dumps({"text": words, "token_ids": token_ids, "finish_reason": reason, "seed": valid.sampling.seed}))
+        values = {"text": words, "token_ids": token_ids, "finish_reason": reason, "seed": valid.sampling.seed}
+        print(json.dumps(values))
     else:
-        print(words or " ".join(map(str, token_ids)))
+        print(printable(words) or " ".join(map(str, token_ids)))
 
 
 if __name__ == "__main__":

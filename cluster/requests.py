@@ -1,8 +1,10 @@
-"""Requests as text: what a command line hands on."""
+"""Requests and errors as text: what a command line hands on."""
+
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, TriviumError
 from cluster.validation import RequestedGeneration
 
 REQUEST = TypeAdapter(RequestedGeneration)
@@ -16,6 +18,12 @@ def as_json(request: RequestedGeneration) -> str:
 def from_json(text: str) -> RequestedGeneration:
     """The request in a JSON text that `as_json` made; raises ValueError."""
     return REQUEST.validate_json(text)
+
+
+def error_values(error: TriviumError) -> dict[str, Any]:
+    """An error as values for JSON; what does not apply is null."""
+    keys = ("reason", "message", "field", "limit", "remedy", "retry_after_s")
+    return {"error": {"kind": type(error).__name__} | {key: getattr(error, key) for key in keys}}
 
 
 def read_token_ids(text: str) -> tuple[int, ...]:

@@ -3,9 +3,10 @@
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
+from unicodedata import category
 
 from rich.console import Console
-from rich.control import strip_control_codes
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.client import Admitted, Delta, Finished
@@ -14,18 +15,33 @@ from cluster.proto import trivium_pb2
 from decode.messages import NodeReport
 from experts.messages import ShardReport
 
+TOKENS_BEFORE_TEXT_MAX = 16  # tokens for which a character may be in the making
+
 
 async def stream_to_screen(events: AsyncIterator[Admitted | Delta | Finished], console: Console) -> None:
-    """Print a generation while it comes, then one line of what it took."""
-    has_text = False
+    """Print a generation while it comes, as token ids if it has no text, then one line of what it took."""
+    has_text, token_ids = False, []
     async for event in events:
         if isinstance(event, Delta):
-            text = event.text or "".join(f"{token} " for token in event.token_ids if not has_text)
             has_text = has_text or bool(event.text)
-            console.out(strip_control_codes(text), end="", highlight=False)
+            token_ids = [] if has_text else [*token_ids, *event.token_ids]
+            console.out(printable(event.text), end="", highlight=False)
+        if token_ids and (isinstance(event, Finished) or len(token_ids) > TOKENS_BEFORE_TEXT_MAX):
+            console.out(*token_ids, "", end="", highlight=False)
+            token_ids = []
         if isinstance(event, Finished):
             console.out("")
             console.print(f"[dim]{summary(event)}[/]")
+
+
+def printable(text: str) -> str:
+    """A text without the control characters by which a model could steer the terminal."""
+    return "".join(character for character in text if character in "\n\t" or category(character) != "Cc")
+
+
+def as_cell(text: str) -> str:
+    """A text of others for a table, where it means nothing but itself."""
+    return escape(printable(text))
 
 
 async def collect(events: AsyncIterator[Admitted | Delta | Finished]) -> dict[str, Any]:
@@ -49,7 +65,8 @@ def summary(finished: Finished) -> str:
     usage, timing = finished.usage, finished.timing
     pace = (usage.output_tokens_count - 1) / timing.decode_s if timing.decode_s > 0 else 0.0
     return (
-        f"{finished.finish_reason}: {usage.prompt_tokens_count} tokens in ({usage.cached_tokens_count} cached), "
+        f"{finished.finish_reason}: {usage.prompt_tokens_count} tokens in "
+        f"({usage.cached_tokens_count} cached), "
         f"{usage.output_tokens_count} out; queued {timing.queued_s * 1e3:.0f} ms, "
         f"prefill {timing.prefill_s * 1e3:.0f} ms, transfer {timing.transfer_s * 1e3:.1f} ms, "
         f"decode {timing.decode_s * 1e3:.0f} ms ({pace:.0f} tokens/s)"
@@ -58,11 +75,19 @@ def summary(finished: Finished) -> str:
 
 def cluster_table(view: View, address: str, dashboard: str) -> Table:
     """Every actor of a cluster that has just started."""
-    table = Table(title=f"serving at {address}", caption=f"Ray dashboard: http://{dashboard}" if dashboard else None)
+    table = Table(
+        title=f"serving at {address}", caption=f"Ray dashboard: http://{dashboard}" if dashboard else None
+    )
     for column in ("actor", "pool", "state", "process", "holds"):
         table.add_column(column)
     for member in view.members:
-        table.add_row(member.name, member.kind, member.state, f"{member.host}:{member.pid}", holds(member.report))
+        table.add_row(
+            member.name,
+            member.kind,
+            member.state,
+            as_cell(f"{member.host}:{member.pid}"),
+            holds(member.report),
+        )
     return table
 
 
@@ -78,7 +103,7 @@ def holds(report: NodeReport | ShardReport | None) -> str:
 def status_table(cluster: trivium_pb2.GetClusterResponse, model: trivium_pb2.GetModelResponse) -> Table:
     """Every node and shard with its load, as a gateway tells it."""
     table = Table(
-        title=f"{model.name}, {model.family}, {model.context_tokens_max} tokens of context",
+        title=as_cell(f"{model.name}, {model.family}, {model.context_tokens_max} tokens of context"),
         caption=f"placement {cluster.placement_epoch}",
     )
     for column in ("name", "pool", "state", "running", "waiting", "free", "cached", "leased", "tokens/s"):
@@ -88,8 +113,9 @@ def status_table(cluster: trivium_pb2.GetClusterResponse, model: trivium_pb2.Get
         state = trivium_pb2.State.Name(node.state).removeprefix("STATE_").lower()
         pages = (node.pages_free_count, node.pages_cached_count, node.pages_leased_count)
         numbers = (node.requests_running_count, node.requests_waiting_count, *pages)
-        table.add_row(node.name, kind, state, *map(str, numbers), f"{node.tokens_per_s:.0f}")
+        table.add_row(as_cell(node.name), kind, state, *map(str, numbers), f"{node.tokens_per_s:.0f}")
     for shard in cluster.shards:
         state = trivium_pb2.State.Name(shard.state).removeprefix("STATE_").lower()
-        table.add_row(shard.name, f"{shard.experts_count} experts", state, "", "", "", "", "", f"{shard.tokens_count} in all")
+        holding = f"{shard.experts_count} experts"
+        table.add_row(as_cell(shard.name), holding, state, *[""] * 5, f"{shard.tokens_count} in all")
     return table

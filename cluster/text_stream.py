@@ -42,7 +42,7 @@ class TextStream:
         return TextDelta(*self._stops.add(text))
 
     def flush(self) -> TextDelta:
-        """What was held back, once no more tokens come."""
+        """What was held back, once no more tokens come; it may end in a stop string, too."""
         if self._detokenizer is None:
             return TextDelta("")
         text, matched = self._stops.add(self._detokenizer.flush())
