@@ -9,7 +9,6 @@ import json
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -32,6 +31,8 @@ from cluster.place import Place
 from cluster.show import cluster_table, stream_to_screen
 from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
+from kernels.transport.connect import listen
+from kernels.transport.errors import ChannelError
 
 GREETING = "The place where three roads meet"
 GREETING_IDS = (1, 2, 3)  # for a model without a tokenizer
@@ -137,14 +138,11 @@ def check_surroundings(config: ClusterConfig) -> None:
 def check_port(host: str, port: int, field: str) -> None:
     """Raises InvalidConfig if a port is taken: a gateway would quietly share it with another cluster's."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
+        listen(f"tcp://{host}:{port}").close()
+    except ChannelError as error:
         raise InvalidConfig(
             reason="PORT_TAKEN",
-            message=f"{host}:{port} cannot be listened on: {error.strerror}",
+            message=str(error),
             field=field,
             remedy="Name a free port and an address of this host, or port 0 for any free one.",
         ) from error
