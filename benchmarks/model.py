@@ -7,9 +7,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 SEED = 20
 SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 512,
     "moe_intermediate_size": 64,
     "num_hidden_layers": 6,
     "first_k_dense_replace": 1,

@@ -33,7 +33,7 @@ PROMPT_TOKENS = 64
 OUTPUT_TOKENS = 64
 LONG_PROMPT_TOKENS = 2048
 STREAMS = (1, 8, 32)
-ROUNDS = 3
+ROUNDS = 2
 PORT = 50071
 RESULTS = Path("benchmarks/results/serving.json")
 

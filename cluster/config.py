@@ -123,7 +123,7 @@ class DecodeSection(Section):
     )
     requests_max: int = Field(64, ge=1, le=4096, description="requests in one step of a node")
     micro_batches: Literal[1, 2] = Field(
-        1, description="2: one half of a step computes while the other's tokens are with the experts"
+        2, description="2: one half of a step computes while the other's tokens are with the experts"
     )
 
 

@@ -13,4 +13,4 @@ class PrefillConfig:
     latents_bytes: int
     step_tokens_max: int = 512
     requests_max: int = 64
-    micro_batches: int = 2
+    micro_batches: int = 1
