@@ -1,4 +1,4 @@
-"""Dispatch and combine of 32 tokens beside a bare socket echo of the same bytes: `python -m benchmarks.dispatch`.
+"""Dispatch and combine of 32 tokens beside a bare echo of the same bytes: `python -m benchmarks.dispatch`.
 
 As many processes on both sides, unix sockets on both; the experts' arithmetic is taken out of the shards, so
 that what is left is what we add to a socket: choosing shards, headers, gathering rows, mixing outputs.
@@ -26,7 +26,7 @@ HIDDEN = 512
 EXPERTS = 32
 CHOICES = 4
 ROUNDS = 1000
-SECRET = "benchmark"  # noqa: S105
+SECRET = "benchmark"
 
 
 class EchoingShard(ExpertShard):
@@ -39,7 +39,7 @@ class EchoingShard(ExpertShard):
 class NoCheckpoint:
     """What a shard asks of a checkpoint when it computes nothing."""
 
-    class config:  # noqa: N801
+    class config:
         """Sizes."""
 
         dense_layers_count = 0
@@ -95,7 +95,10 @@ def measure_one(shards_count: int) -> dict[str, float]:
     weights = torch.full((TOKENS, CHOICES), 1 / CHOICES)
     context = multiprocessing.get_context("spawn")
     sizes = frame_bytes(ids, placement, shards_count)
-    ours = [context.Process(target=run_shard, args=(shard.name, shard.address, placement), daemon=True) for shard in shards]
+    ours = [
+        context.Process(target=run_shard, args=(shard.name, shard.address, placement), daemon=True)
+        for shard in shards
+    ]
     bare = [
         context.Process(target=run_echo, args=(f"{folder}/echo-{i}", *size), daemon=True)
         for i, size in enumerate(sizes)
@@ -158,6 +161,8 @@ def connected(path: str) -> socket.socket:
 
 if __name__ == "__main__":
     console = Console()
-    console.print(f"{os.cpu_count()} cores; {TOKENS} tokens of {HIDDEN} floats, {CHOICES} of {EXPERTS} experts")
+    console.print(
+        f"{os.cpu_count()} cores; {TOKENS} tokens of {HIDDEN} floats, {CHOICES} of {EXPERTS} experts"
+    )
     for shards, figures in measure_dispatch().items():
         console.print(shards, figures)

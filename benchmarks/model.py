@@ -1,4 +1,4 @@
-"""The checkpoint that all engines are measured on: 19 M parameters, six layers, 32 experts, true MLA dimensions."""
+"""The checkpoint that all engines are measured on: 19 M parameters, six layers, 32 experts, real latents."""
 
 from pathlib import Path
 
@@ -33,7 +33,9 @@ def make_model(folder: Path) -> Path:
     """Write the checkpoint where it is not there yet."""
     if not (folder / "config.json").exists():
         torch.manual_seed(SEED)
-        config = DeepseekV3Config(**SIZES, initializer_range=0.05, eos_token_id=1, bos_token_id=0, pad_token_id=0)
+        config = DeepseekV3Config(
+            **SIZES, initializer_range=0.05, eos_token_id=1, bos_token_id=0, pad_token_id=0
+        )
         DeepseekV3ForCausalLM(config).save_pretrained(folder, max_shard_size="32MB")
     return folder
 

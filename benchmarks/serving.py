@@ -1,7 +1,8 @@
 """Tokens per second, and what stands between us and more: `python -m benchmarks.serving`.
 
-Everything runs here and now, one after the other on the same cores: transformers' `generate`, our single process,
-the cluster on Ray; dispatch and combine beside a bare socket; latents in flight; time to ready beside bare Ray.
+Everything runs here and now, one after the other on the same cores: transformers' `generate`, our single
+process, the cluster on Ray; dispatch and combine beside a bare socket; latents in flight; time to ready
+beside bare Ray.
 """
 
 import asyncio
@@ -85,7 +86,9 @@ def measure_transformers(folder: Path) -> dict[int, float]:
         ids = torch.tensor(prompts(streams, PROMPT_TOKENS))
         counts = {"max_new_tokens": OUTPUT_TOKENS, "min_new_tokens": OUTPUT_TOKENS}
         with torch.inference_mode():
-            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **counts)
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **counts
+            )
 
     return {streams: rate_of(run, streams) for streams in STREAMS}
 
@@ -97,7 +100,9 @@ def measure_single(folder: Path) -> dict[int, float]:
 
     def run(streams: int) -> None:
         asked = enumerate(prompts(streams, PROMPT_TOKENS))
-        reference.generate([RoutedRequest(f"{time.monotonic()} {i}", tuple(ids), sampling) for i, ids in asked])
+        reference.generate(
+            [RoutedRequest(f"{time.monotonic()} {i}", tuple(ids), sampling) for i, ids in asked]
+        )
 
     rates = {streams: rate_of(run, streams) for streams in STREAMS}
     reference.close()
@@ -172,13 +177,13 @@ async def stream(streams: int) -> None:
 
 
 async def share_in_flight() -> dict[int, float]:
-    """Seconds from the last layer's compute until decode has all latents, over seconds of prefill; worst of rounds."""
+    """Worst share of prefill time that passes from the last layer's compute until decode has all latents."""
     shares: dict[int, float] = {}
     sampling = RequestedSampling(temperature=0.0, tokens_max=8, ignore_eos=True)
     async with Client(f"127.0.0.1:{PORT}") as client:
         for tokens_count in (PROMPT_TOKENS, 512, LONG_PROMPT_TOKENS):
             for token_ids in prompts(2 + ROUNDS, tokens_count)[2:]:
-                fresh = tuple(token_ids[1:] + [2 + tokens_count])
+                fresh = (*token_ids[1:], 2 + tokens_count)
                 async for event in client.generate(RequestedGeneration(token_ids=fresh, sampling=sampling)):
                     if isinstance(event, Finished):
                         share = event.timing.transfer_s / event.timing.prefill_s
@@ -189,7 +194,14 @@ async def share_in_flight() -> dict[int, float]:
 def show(figures: dict) -> None:
     """Print the figures beside their aims."""
     table = Table(title="output tokens per second")
-    for column in ("streams", "transformers", "single process", "cluster", "cluster / transformers", "cluster / single"):
+    for column in (
+        "streams",
+        "transformers",
+        "single process",
+        "cluster",
+        "cluster / transformers",
+        "cluster / single",
+    ):
         table.add_column(column, justify="right")
     for streams in STREAMS:
         rates = [figures[engine][streams] for engine in ("transformers", "single process", "cluster")]

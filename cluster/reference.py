@@ -82,9 +82,17 @@ class Reference:
         self.transformer = Transformer.from_checkpoint(checkpoint, dtype, experts, on_progress)
         name = f"reference-{next(self._names)}"
         prefill = PrefillConfig(
-            f"{name}-prefill", f"memory://{name}-prefill", SECRET, latents_bytes, step_tokens_max, requests_max, 1
+            f"{name}-prefill",
+            f"memory://{name}-prefill",
+            SECRET,
+            latents_bytes,
+            step_tokens_max,
+            requests_max,
+            1,
         )
-        decode = DecodeConfig(f"{name}-decode", f"memory://{name}-decode", SECRET, latents_bytes, requests_max, 1)
+        decode = DecodeConfig(
+            f"{name}-decode", f"memory://{name}-decode", SECRET, latents_bytes, requests_max, 1
+        )
         self.prefill = PrefillNode(prefill, self.transformer)
         self.decode = DecodeNode(decode, self.transformer)
         self.router = Router(decode.lease_s)
@@ -100,7 +108,10 @@ class Reference:
         requests: Sequence[RoutedRequest],
         on_tokens: Callable[[str, tuple[int, ...]], None] | None = None,
     ) -> list[Generation]:
-        """Run requests together to their ends; raises RequestRefused. `on_tokens(request id, token ids)` as they come."""
+        """Run requests together to their ends; raises RequestRefused.
+
+        `on_tokens(request id, token ids)` is called as they come.
+        """
         self._on_tokens = on_tokens
         for request in requests:
             self.generations[request.request_id] = Generation()
@@ -111,7 +122,9 @@ class Reference:
             if idle_count:
                 self._tell(TimePassed())
             if idle_count > TURNS_IDLE_MAX:
-                raise RequestRefused("nothing moves any more: a request needs more pages than the reference has")
+                raise RequestRefused(
+                    "nothing moves any more: a request needs more pages than the reference has"
+                )
         done = [self.generations.pop(request.request_id) for request in requests]
         if failed := next((generation.error for generation in done if generation.error), None):
             raise RequestRefused(failed)
@@ -123,7 +136,7 @@ class Reference:
         return moved + self.prefill.step() + self.decode.step()
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Scores after each token of one prompt, `[tokens, vocab]` float32, from a prefill step of its own."""
+        """Scores after each token of a prompt, `[tokens, vocab]` float32, from a prefill step of its own."""
         asked = PrefillPrompt("logits", 0, tuple(token_ids), len(token_ids), SamplingParameters(), "")
         pages = self.prefill.cache.pool.lease(pages_for(len(token_ids)))
         request = PrefillRequest(asked, self._channels[self.prefill.config.name], 0.0, pages)

@@ -1,4 +1,4 @@
-"""One Ray for all end-to-end tests; whatever cluster a test needs is put on it, and stays until another is needed."""
+"""One Ray for all end-to-end tests; a cluster that a test needs is put on it, and stays until the next."""
 
 import asyncio
 import secrets

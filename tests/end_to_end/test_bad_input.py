@@ -107,7 +107,9 @@ def open_socket(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)))
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"TRV1" + b"\xff" * 12, b"\x00" * 4096, os.urandom(65536)])
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"TRV1" + b"\xff" * 12, b"\x00" * 4096, os.urandom(65536)]
+)
 def test_garbage_on_every_port(address, stage, garbage):
     for member in stage.view.members:
         with open_socket(member.address) as sock:
@@ -123,7 +125,9 @@ def test_garbage_on_every_port(address, stage, garbage):
 def trivium(*arguments: str) -> subprocess.CompletedProcess:
     """A command line run to its end."""
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "1000"})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "1000"}
+    )
 
 
 def test_a_bad_model_is_refused_before_anything_starts(tmp_path, checkpoint):

@@ -29,7 +29,9 @@ def pages_in_use(address: str) -> dict[str, int]:
     return {node.name: node.pages_leased_count for node in nodes if node.pages_leased_count}
 
 
-async def maybe_cancelled(client: Client, request: RequestedGeneration, after_s: float | None) -> list[int] | None:
+async def maybe_cancelled(
+    client: Client, request: RequestedGeneration, after_s: float | None
+) -> list[int] | None:
     """A request's tokens, or None if it was given up after a while."""
     try:
         return await asyncio.wait_for(tokens_of(client, request), after_s)

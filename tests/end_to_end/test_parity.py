@@ -14,6 +14,8 @@ def test_greedy_tokens_equal_transformers(name, stage, checkpoint):
     folder = checkpoint(name)
     prompts = [random_prompt(name, count) for count in PROMPT_TOKENS]
     address = stage.cluster(folder)
-    ours = all_tokens(address, [RequestedGeneration(token_ids=tuple(ids), sampling=GREEDY_64) for ids in prompts])
+    ours = all_tokens(
+        address, [RequestedGeneration(token_ids=tuple(ids), sampling=GREEDY_64) for ids in prompts]
+    )
     for count, prompt, tokens in zip(PROMPT_TOKENS, prompts, ours, strict=True):
         assert tokens == list(reference_tokens(folder, prompt, 64)), f"{name}, prompt of {count} tokens"

@@ -1,4 +1,4 @@
-"""`trivium serve` as people run it: it comes up, answers, is seen in the dashboard, and leaves nothing behind."""
+"""`trivium serve` as people run it: it comes up, answers, is seen in the dashboard, and leaves nothing."""
 
 import json
 import os

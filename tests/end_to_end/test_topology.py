@@ -55,7 +55,11 @@ def truth(checkpoint) -> list[list[int]]:
     for index, prompt in enumerate(prompts()):
         asked = requested(index, prompt).sampling
         sampling = SamplingParameters(
-            temperature=asked.temperature, top_p=asked.top_p or 1.0, seed=index, tokens_max=24, ignore_eos=True
+            temperature=asked.temperature,
+            top_p=asked.top_p or 1.0,
+            seed=index,
+            tokens_max=24,
+            ignore_eos=True,
         )
         answers.append(reference.generate([RoutedRequest(str(index), prompt, sampling)])[0].token_ids)
     reference.close()
