@@ -153,8 +153,11 @@ def status(address: Address = ADDRESS, json_output: Json = False, token_file: To
 def config_check(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]) -> None:
     """Say whether a file is a valid configuration, and if not what to change."""
     with told():
-        load_config(config)
-        console.print(f"[green]valid[/] {escape(str(config))}")
+        checked = load_config(config)
+        console.print(f"[green]valid[/] {escape(str(config))}", soft_wrap=True)
+        if not checked.model.folder.is_dir():
+            note = f"model.folder {checked.model.folder} is not on this host"
+            console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
 
 
 @config_app.command("show", epilog="Example: trivium config show examples/local.yaml")
@@ -166,7 +169,10 @@ def config_show(config: ConfigFile = None, json_output: Json = False) -> None:
             if config
             else check_config({"model": {"folder": "."}}, "defaults", Path.cwd())
         )
-        console.print_json(checked.model_dump_json()) if json_output else console.print(config_table(checked))
+        if json_output:
+            console.print_json(checked.model_dump_json())
+        else:
+            console.print(config_table(checked, of_a_file=config is not None))
 
 
 class told:
@@ -182,7 +188,8 @@ class told:
         if isinstance(error, TriviumError):
             if self._json_output:
                 print(json.dumps(error_values(error)))
-            Console(stderr=True).print(f"[red]error[/] {escape(str(error))}", highlight=False)
+            told_to = Console(stderr=True)
+            told_to.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 
@@ -264,18 +271,20 @@ async def show_status(address: str, token: str | None, json_output: bool) -> Non
             console.print(status_table(cluster, model))
 
 
-def config_table(config: ClusterConfig) -> Table:
-    """Every key, its value, and what it means."""
+def config_table(config: ClusterConfig, of_a_file: bool) -> Table:
+    """Every key, its value, and what it means; without a file, what must be given is said to have no default."""
     table = Table(show_lines=False)
-    for column in ("key", "value", "meaning"):
-        table.add_column(column)
+    table.add_column("key", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("meaning")
     for name, field in type(config).model_fields.items():
         section = getattr(config, name)
         if not hasattr(type(section), "model_fields"):
             table.add_row(name, escape(str(section)), field.description)
             continue
         for key, inner in type(section).model_fields.items():
-            table.add_row(f"{name}.{key}", escape(str(getattr(section, key))), inner.description)
+            value = "(no default)" if inner.is_required() and not of_a_file else str(getattr(section, key))
+            table.add_row(f"{name}.{key}", escape(value), inner.description)
     return table
 
 

@@ -60,6 +60,7 @@ class Client:
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", -1),
         ]
+        self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = trivium_pb2_grpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -80,7 +81,7 @@ class Client:
             async for response in call:
                 yield read_response(response)
         except grpc.aio.AioRpcError as error:
-            raise_typed(error)
+            raise_typed(error, self._address)
         finally:
             call.cancel()
 
@@ -104,7 +105,7 @@ class Client:
         try:
             return await method(message, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise_typed(error)
+            raise_typed(error, self._address)
 
 
 def as_message(request: RequestedGeneration) -> trivium_pb2.GenerateRequest:
@@ -135,13 +136,13 @@ def read_response(response: trivium_pb2.GenerateResponse) -> Admitted | Delta | 
     )
 
 
-def raise_typed(error: grpc.aio.AioRpcError) -> NoReturn:
+def raise_typed(error: grpc.aio.AioRpcError, address: str = "") -> NoReturn:
     """Raise the TriviumError that the server meant, with its field, limit and remedy."""
     info, retry_after_s = read_details(error)
     if error.code() is grpc.StatusCode.UNAVAILABLE and info is None:
         raise NodeUnavailable(
             reason="NO_SERVER",
-            message="nobody answers at this address",
+            message=f"nobody answers at {address or 'this address'}",
             field="address",
             remedy="Start a cluster with `trivium serve`, or name another --address.",
         ) from error

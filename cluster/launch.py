@@ -201,6 +201,7 @@ async def greet(address: str, token: str | None) -> None:
         sampling = RequestedSampling(temperature=0.0, tokens_max=length, ignore_eos=True)
         prompt = {"text": GREETING} if model.has_tokenizer else {"token_ids": GREETING_IDS}
         request = RequestedGeneration(**prompt, sampling=sampling)
+        console.print(f"[bold]> {escape(GREETING if model.has_tokenizer else str(GREETING_IDS))}[/]")
         await stream_to_screen(client.generate(request, timeout_s=GREETING_TIMEOUT_S), console)
 
 
@@ -221,7 +222,8 @@ def main(config_json: str, greeting: bool = False, once: bool = False) -> None:
         cluster = Cluster(check_config(json.loads(config_json), "command line", Path.cwd()))
         serve(cluster, greeting or once, once)
     except TriviumError as error:
-        Console(stderr=True).print(f"[red]error[/] {escape(str(error))}", highlight=False)
+        told_to = Console(stderr=True)
+        told_to.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -229,7 +231,9 @@ def main(config_json: str, greeting: bool = False, once: bool = False) -> None:
         for number in (signal.SIGINT, *SIGNALS):  # so that nothing is left half ended
             signal.signal(number, signal.SIG_IGN)
         if cluster is not None:
+            console.print("ending every process ...")
             cluster.stop()
+            console.print("ended.")
 
 
 def serve(cluster: Cluster, greeting: bool, once: bool) -> None:

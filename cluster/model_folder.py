@@ -14,7 +14,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (ModelConfigError, CheckpointError, OSError) as error:
         raise InvalidModel(
             reason="MODEL_UNUSABLE",
-            message=str(error),
+            message=f"{folder} cannot be served: {error}",
             field="model.folder",
-            remedy="Name a folder with a complete DeepSeek-V2 or V3 checkpoint.",
+            remedy="Name the folder of a complete checkpoint, in the file or with --model.",
         ) from error

@@ -101,21 +101,30 @@ def holds(report: NodeReport | ShardReport | None) -> str:
 
 
 def status_table(cluster: trivium_pb2.GetClusterResponse, model: trivium_pb2.GetModelResponse) -> Table:
-    """Every node and shard with its load, as a gateway tells it."""
+    """Every node and shard with its load, as a gateway tells it; 80 columns are enough."""
     table = Table(
         title=as_cell(f"{model.name}, {model.family}, {model.context_tokens_max} tokens of context"),
-        caption=f"placement {cluster.placement_epoch}",
+        caption=f"pages: free + cached + leased; placement of experts number {cluster.placement_epoch}",
     )
-    for column in ("name", "pool", "state", "running", "waiting", "free", "cached", "leased", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("name", "pool", "state") else "right")
+    for column in ("name", "state", "requests", "waiting", "pages", "tokens/s", "holds"):
+        table.add_column(column, justify="left" if column in ("name", "state") else "right", no_wrap=True)
     for node in cluster.nodes:
-        kind = trivium_pb2.NodeKind.Name(node.kind).removeprefix("NODE_KIND_").lower()
-        state = trivium_pb2.State.Name(node.state).removeprefix("STATE_").lower()
         pages = (node.pages_free_count, node.pages_cached_count, node.pages_leased_count)
-        numbers = (node.requests_running_count, node.requests_waiting_count, *pages)
-        table.add_row(as_cell(node.name), kind, state, *map(str, numbers), f"{node.tokens_per_s:.0f}")
+        computes = node.pages_total_count > 0
+        table.add_row(
+            as_cell(node.name),
+            state_name(node.state),
+            str(node.requests_running_count),
+            str(node.requests_waiting_count) if computes else "",
+            "+".join(map(str, pages)) if computes else "",
+            f"{node.tokens_per_s:.0f}" if computes else "",
+        )
     for shard in cluster.shards:
-        state = trivium_pb2.State.Name(shard.state).removeprefix("STATE_").lower()
-        holding = f"{shard.experts_count} experts"
-        table.add_row(as_cell(shard.name), holding, state, *[""] * 5, f"{shard.tokens_count} in all")
+        name, state = as_cell(shard.name), state_name(shard.state)
+        table.add_row(name, state, *[""] * 4, f"{shard.experts_count} experts")
     return table
+
+
+def state_name(state: trivium_pb2.State) -> str:
+    """A state as people say it."""
+    return trivium_pb2.State.Name(state).removeprefix("STATE_").lower()
