@@ -4,12 +4,13 @@ As many processes on both sides, unix sockets on both; the experts' arithmetic i
 that what is left is what we add to a socket: choosing shards, headers, gathering rows, mixing outputs.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
@@ -26,6 +27,7 @@ HIDDEN = 512
 EXPERTS = 32
 CHOICES = 4
 ROUNDS = 1000
+WARM_UP_ROUNDS = 100
 SECRET = "benchmark"
 
 
@@ -84,57 +86,66 @@ def measure_dispatch(shards_counts: tuple[int, ...] = (1, 2, 4)) -> dict[str, di
 
 
 def measure_one(shards_count: int) -> dict[str, float]:
-    """Ours and bare in turns, so that both see the same machine."""
+    """Ours and bare, each with processes of its own."""
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="trivium-dispatch-"))
-    shards = [ShardAddress(f"shard-{i}", f"unix://{folder}/shard-{i}") for i in range(shards_count)]
-    placement = even_placement(shards, 0, 1, EXPERTS, epoch=1)
     chance = torch.Generator().manual_seed(1)
     hidden = torch.randn(TOKENS, HIDDEN, generator=chance)
     ids = torch.rand(TOKENS, EXPERTS, generator=chance).topk(CHOICES).indices
     weights = torch.full((TOKENS, CHOICES), 1 / CHOICES)
-    context = multiprocessing.get_context("spawn")
-    sizes = frame_bytes(ids, placement, shards_count)
-    ours = [
-        context.Process(target=run_shard, args=(shard.name, shard.address, placement), daemon=True)
-        for shard in shards
-    ]
-    bare = [
-        context.Process(target=run_echo, args=(f"{folder}/echo-{i}", *size), daemon=True)
-        for i, size in enumerate(sizes)
-    ]
-    for process in (*ours, *bare):
-        process.start()
-    experts = RemoteExperts(DispatchConfig("benchmark", SECRET))
-    experts.adopt(placement)
-    peers = [connected(f"{folder}/echo-{i}") for i in range(shards_count)]
-    buffers = [memoryview(bytearray(size[1])) for size in sizes]
-    messages = [bytes(size[0]) for size in sizes]
+    with tempfile.TemporaryDirectory(prefix="trivium-dispatch-") as folder:
+        shards = [ShardAddress(f"shard-{i}", f"unix://{folder}/shard-{i}") for i in range(shards_count)]
+        placement = even_placement(shards, 0, 1, EXPERTS, epoch=1)
+        sizes = frame_bytes(ids, placement, shards_count)
+        echoes = [(f"{folder}/echo-{i}", *size) for i, size in enumerate(sizes)]
+        with running(run_shard, [(shard.name, shard.address, placement) for shard in shards]):
+            experts = RemoteExperts(DispatchConfig("benchmark", SECRET))
+            experts.adopt(placement)
+            ours_us = median_us(lambda: experts.dispatch(0, hidden, ids, weights).combine())
+            experts.close()
+        with running(run_echo, echoes):
+            bare_us = median_us(bare_round_trip(echoes))
+    return {"ours_us": ours_us, "bare_us": bare_us, "ratio": round(ours_us / bare_us, 2)}
 
-    def echo() -> None:
+
+@contextlib.contextmanager
+def running(target: Callable, arguments: Sequence[tuple]) -> Iterator[None]:
+    """One process for each tuple of arguments, ended when left."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=some, daemon=True) for some in arguments]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def bare_round_trip(echoes: Sequence[tuple[str, int, int]]) -> Callable[[], None]:
+    """Sends every echo its bytes, then takes every answer."""
+    peers = [connected(path) for path, _, _ in echoes]
+    messages = [bytes(size) for _, size, _ in echoes]
+    buffers = [memoryview(bytearray(size)) for _, _, size in echoes]
+
+    def round_trip() -> None:
         for peer, message in zip(peers, messages, strict=True):
             peer.sendall(message)
         for peer, buffer in zip(peers, buffers, strict=True):
             read_all(peer, buffer)
 
-    def dispatch() -> None:
-        experts.dispatch(0, hidden, ids, weights).combine()
+    return round_trip
 
-    for _ in range(50):
-        dispatch(), echo()
-    times = {"ours_us": [], "bare_us": []}
-    for _ in range(ROUNDS // 50):
-        for name, run in (("ours_us", dispatch), ("bare_us", echo)):
-            for _ in range(50):
-                begin = time.perf_counter()
-                run()
-                times[name].append(1e6 * (time.perf_counter() - begin))
-    experts.close()
-    for process in (*ours, *bare):
-        process.terminate()
-        process.join()
-    medians = {name: round(median(values), 1) for name, values in times.items()}
-    return medians | {"ratio": round(medians["ours_us"] / medians["bare_us"], 2)}
+
+def median_us(run: Callable[[], object]) -> float:
+    """Median microseconds of many rounds, the first ones not counted."""
+    times = []
+    for round_index in range(ROUNDS + WARM_UP_ROUNDS):
+        begin = time.perf_counter()
+        run()
+        if round_index >= WARM_UP_ROUNDS:
+            times.append(1e6 * (time.perf_counter() - begin))
+    return round(median(times), 1)
 
 
 def frame_bytes(ids: torch.Tensor, placement: Placement, shards_count: int) -> list[tuple[int, int]]:

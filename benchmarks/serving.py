@@ -44,11 +44,12 @@ console = Console()
 def main(output: Annotated[Path, typer.Option(help="where the figures go")] = RESULTS) -> None:
     """Measure everything and print a table."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    folder = make_model(Path(tempfile.gettempdir()) / "trivium-benchmark-model")
     figures: dict = {"cores": os.cpu_count(), "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS}
-    figures["transformers"] = best_of_threads(lambda: measure_transformers(folder))
-    figures["single process"] = best_of_threads(lambda: measure_single(folder))
-    figures |= measure_cluster(folder)
+    with tempfile.TemporaryDirectory(prefix="trivium-benchmark-") as made:
+        folder = make_model(Path(made))
+        figures["transformers"] = best_of_threads(lambda: measure_transformers(folder))
+        figures["single process"] = best_of_threads(lambda: measure_single(folder))
+        figures |= measure_cluster(folder)
     figures["dispatch"] = measure_dispatch()
     show(figures)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -272,7 +272,7 @@ async def show_status(address: str, token: str | None, json_output: bool) -> Non
 
 
 def config_table(config: ClusterConfig, of_a_file: bool) -> Table:
-    """Every key, its value, and what it means; without a file, what must be given is said to have no default."""
+    """Every key, its value, and what it means; without a file, what must be given has no default."""
     table = Table(show_lines=False)
     table.add_column("key", no_wrap=True)
     table.add_column("value", overflow="fold")

@@ -25,6 +25,7 @@ class Stage:
     def __init__(self) -> None:
         pools.start_ray(dashboard=False, dashboard_port=0)
         self._config: ClusterConfig | None = None
+        self._sockets: tempfile.TemporaryDirectory | None = None
         self.view = View()
 
     def cluster(self, folder: Path, **sections: dict) -> str:
@@ -33,8 +34,8 @@ class Stage:
         config = check_config(values, "test", Path.cwd())
         if config != self._config:
             self.clear()
-            sockets = tempfile.mkdtemp(prefix="trivium-test-")
-            pools.deploy(Place(config, secrets.token_hex(16), sockets))
+            self._sockets = tempfile.TemporaryDirectory(prefix="trivium-test-")
+            pools.deploy(Place(config, secrets.token_hex(16), self._sockets.name))
             self._config = config
         self.view = self._ready_view(config)
         return self.view.of_kind("gateway")[0].address
@@ -43,6 +44,7 @@ class Stage:
         """Take the cluster off Ray."""
         if self._config is not None:
             pools.undeploy()
+            self._sockets.cleanup()
             self._config = None
 
     def _ready_view(self, config: ClusterConfig) -> View:
