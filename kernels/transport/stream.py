@@ -28,6 +28,7 @@ from kernels.transport.frame import (
     encode,
 )
 
+AWAKE_S = 0.001  # looked for without sleeping: a core that slept computes slowly for a while after an answer
 VECTORS_MAX = 512  # buffers in one system call; Linux takes 1,024
 DRAIN_BYTES = 1 << 16
 
@@ -190,10 +191,12 @@ class StreamChannel:
 
     def receive(self, timeout_s: float, choose_buffers: ChooseBuffers | None = None) -> Frame:
         """Wait for the next whole frame; raises ChannelTimeout, ChannelClosed, FrameError."""
-        end_s = time.monotonic() + timeout_s
+        begin_s = time.monotonic()
+        end_s, awake_end_s = begin_s + timeout_s, begin_s + min(AWAKE_S, timeout_s)
         while True:
             unsent = self.has_pending and not self.push()
-            if not self._wait(select.POLLIN | (select.POLLOUT if unsent else 0), end_s):
+            awake = time.monotonic() < awake_end_s
+            if not awake and not self._wait(select.POLLIN | (select.POLLOUT if unsent else 0), end_s):
                 raise ChannelTimeout(f"no whole frame came within {timeout_s} s")
             frame = self.receive_ready(choose_buffers)
             if frame is not None:
