@@ -6,8 +6,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from decode.batcher import DecodeBatcher
 from decode.config import DecodeConfig
 from decode.inbox import Inbox
@@ -32,7 +30,7 @@ from decode.step import DecodeStep
 from experts.errors import ExpertsError
 from kernels.model.latent_cache import LatentCache
 from kernels.model.transformer import Transformer
-from kernels.ops.sample import SampleError, SampleRow, Samples, sample
+from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
@@ -97,7 +95,9 @@ class DecodeNode:
             return 0
         begin_s = time.perf_counter()
         try:
-            samples, failed = self._sample(batch, self.decode_step.run(batch))
+            logits = self.decode_step.run(batch)
+            rows = [request.sample_row(self._model.eos_token_ids) for request in batch]
+            samples, failed = sample_each(logits, rows)
         except ExpertsError as error:
             self._fail(batch, "experts_unavailable", str(error), retryable=True)
             return len(batch)
@@ -257,18 +257,6 @@ class DecodeNode:
                 or cancelled.get(request.asked.request_id, -1) >= request.asked.generation
             ]
         )
-
-    def _sample(self, batch: list[DecodeRequest], logits: torch.Tensor) -> tuple[Samples, dict[int, str]]:
-        """Next tokens, and why some requests have none: those are sampled from zeros, and nobody is told."""
-        rows = [request.sample_row(self._model.eos_token_ids) for request in batch]
-        try:
-            return sample(logits, rows), {}
-        except SampleError as error:
-            logits = logits.clone()
-            logits[list(error.reasons)] = 0.0
-            for row in error.reasons:
-                rows[row] = SampleRow()
-            return sample(logits, rows), error.reasons
 
     def _finish(self, batch: list[DecodeRequest], samples: Samples, failed: dict[int, str]) -> None:
         chunks: dict[Channel, list[TokenChunk]] = defaultdict(list)

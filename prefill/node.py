@@ -22,7 +22,7 @@ from experts.errors import ExpertsError
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
 from kernels.model.transformer import Transformer
-from kernels.ops.sample import SampleError, SampleRow, Samples, sample
+from kernels.ops.sample import SampleRow, Samples, sample_each
 from kernels.transport.channel import Channel
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
@@ -262,7 +262,7 @@ class PrefillNode:
     def _finish(self, complete: Sequence[PrefillRequest], logits: torch.Tensor) -> None:
         if not complete:
             return
-        samples, failed = self._sample(complete, logits)
+        samples, failed = sample_each(logits, [self._sample_row(request) for request in complete])
         for row, request in enumerate(complete):
             request.computed_s = self._clock()
             if row in failed:  # its pages may hold no numbers either: nobody is to find them
@@ -272,20 +272,6 @@ class PrefillNode:
             self.prefix.end(request)
             if not request.is_dropped:
                 self._hand_over(request, samples, row)
-
-    def _sample(
-        self, requests: Sequence[PrefillRequest], logits: torch.Tensor
-    ) -> tuple[Samples, dict[int, str]]:
-        """First tokens, and why some requests have none; those are sampled from zeros and not told."""
-        rows = [self._sample_row(request) for request in requests]
-        try:
-            return sample(logits, rows), {}
-        except SampleError as error:
-            logits = logits.clone()
-            logits[list(error.reasons)] = 0.0
-            for row in error.reasons:
-                rows[row] = SampleRow()
-            return sample(logits, rows), error.reasons
 
     def _sample_row(self, request: PrefillRequest) -> SampleRow:
         asked, sampling = request.asked, request.asked.sampling

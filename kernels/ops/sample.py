@@ -123,6 +123,18 @@ def _checked(token_ids: Tensor, raw_best: Tensor, best: Tensor) -> list[int]:
     return [int(token) for token in ids]
 
 
+def sample_each(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Samples, dict[int, str]]:
+    """As `sample`, but rows without a next token are told by index with why; what they get means nothing."""
+    try:
+        return sample(logits, rows), {}
+    except SampleError as error:
+        logits, rows = logits.clone(), list(rows)
+        logits[list(error.reasons)] = 0.0
+        for row in error.reasons:
+            rows[row] = SampleRow()
+        return sample(logits, rows), error.reasons
+
+
 def _adjusted(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The logits after penalties and bans: a copy, or the logits themselves if no row has any."""
     changed = [index for index, row in enumerate(rows) if row.is_penalised or row.banned_token_ids]

@@ -194,7 +194,7 @@ def test_an_error_that_nobody_foresaw_fails_prompts_and_not_the_node(make_stage,
     stage = make_stage(step_tokens_max=128)
     prefilling(stage, "a", "b")
     with monkeypatch.context() as broken:
-        broken.setattr("prefill.node.sample", lambda logits, rows: 1 / 0)
+        broken.setattr("prefill.node.sample_each", lambda logits, rows: 1 / 0)
         while stage.prefill.batcher.everyone():
             stage.prefill._turn()
     stage.settle()
