@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from decode.messages import ReservePages
-from kernels.model.latent_cache import slots_of
+from kernels.model.pages import PAGE_TOKENS
 from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
 
@@ -25,8 +25,8 @@ class DecodeRequest:
     receiving_count: int = 0
     cancelled: bool = False
     prefill: Channel | None = None
-    slots: "slice | torch.Tensor | None" = None
-    """Slots of all tokens it can ever have, from `begin` on."""
+    page_table: torch.Tensor | None = None
+    """Its pages as int32, from `begin` on."""
     prompt_token_ids: torch.Tensor | None = None
     """The client's prompt, where a penalty asks for it."""
     output_counts: torch.Tensor | None = None
@@ -48,26 +48,19 @@ class DecodeRequest:
         return len(self.token_ids) - 1
 
     def begin(self, vocab_size: int) -> None:
-        """Prepare for the first step: index the slots, and what penalties are reckoned from, where needed."""
+        """Prepare for the first step: the table of pages, and what penalties are reckoned from."""
         prompt_count, sampling = self.asked.prompt_tokens_count, self.asked.sampling
-        self.slots = slots_of(self.pages, 0, prompt_count + sampling.tokens_max)
+        self.page_table = torch.tensor(self.pages, dtype=torch.int32)
         if sampling.repetition_penalty != 1.0:
             self.prompt_token_ids = torch.tensor(self.token_ids[:prompt_count], dtype=torch.int64)
         if sampling.counts_outputs:
             outputs = torch.tensor(self.token_ids[prompt_count:], dtype=torch.int64)
             self.output_counts = torch.bincount(outputs, minlength=vocab_size).to(torch.int32)
 
-    def context(self) -> "slice | torch.Tensor":
-        """Slots of all tokens up to the newest, in order."""
-        if isinstance(self.slots, slice):
-            return slice(self.slots.start, self.slots.start + self.position + 1)
-        return self.slots[: self.position + 1]
-
     def next_slot(self) -> int:
         """Slot that the newest token's latent goes to."""
-        if isinstance(self.slots, slice):
-            return self.slots.start + self.position
-        return int(self.slots[self.position])
+        page, offset = divmod(self.position, PAGE_TOKENS)
+        return self.pages[page] * PAGE_TOKENS + offset
 
     def sample_row(self, eos_token_ids: tuple[int, ...]) -> SampleRow:
         """How this request's next token is to be chosen."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from decode.batcher import split_evenly
 from decode.request import DecodeRequest
@@ -32,12 +33,13 @@ class DecodeStep:
         positions = torch.tensor([request.position for request in requests])
         rotation = self.transformer.rotation(positions)
         slots = torch.tensor([request.next_slot() for request in requests])
-        contexts = [request.context() for request in requests]
+        pages = pad_sequence([request.page_table for request in requests], batch_first=True)
+        lengths = (positions + 1).to(torch.int32)
 
         def attend(layer: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
             queries, latents = attention.compress(normed, rotation)
             self.cache.write(layer, slots, latents)
-            return attention.absorb(queries, self.cache.latents[layer], contexts)
+            return attention.absorb(queries, self.cache.pages_of(layer), pages, lengths)
 
         hidden = self.transformer.embed([request.token_ids[-1] for request in requests])
         return self.transformer.lane(hidden, attend)

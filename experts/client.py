@@ -18,7 +18,7 @@ import torch
 from experts.config import DispatchConfig
 from experts.errors import DispatchRefused, ExpertsUnavailable
 from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement
-from kernels.model.moe import mix
+from kernels.ops.mix import mix
 from kernels.ops.sort_by_expert import sort_by_expert
 from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelError, FrameMalformed

@@ -8,8 +8,8 @@ from experts.load import ExpertLoad
 from experts.weights import ExpertWeights, every_expert, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.config import ModelConfig
-from kernels.model.moe import mix
 from kernels.ops.expert_mlp import expert_mlp
+from kernels.ops.mix import mix
 from kernels.ops.sort_by_expert import sort_by_expert
 
 

@@ -22,6 +22,10 @@ class LatentCache:
         self.pool = PagePool(pages_count)
         self.latents = torch.zeros(layers_count, pages_count * PAGE_TOKENS, latent_dim, dtype=dtype)
 
+    def pages_of(self, layer: int) -> torch.Tensor:
+        """One layer's latents `[pages, 64, latent_dim]`, a view."""
+        return self.latents[layer].unflatten(0, (-1, PAGE_TOKENS))
+
     def write(self, layer: int, slots: torch.Tensor, latents: torch.Tensor) -> None:
         """Put `latents [tokens, latent_dim]` into `slots [tokens]` of one layer."""
         self.latents[layer].index_copy_(0, slots, latents)

@@ -65,4 +65,4 @@ def softmax_scale(config: ModelConfig) -> float:
 def gated_weights(weights: Weights, prefix: str) -> GatedWeights:
     """The gated MLP whose projections are named `prefix` + gate_proj, up_proj and down_proj."""
     gate, up = weights[f"{prefix}gate_proj.weight"], weights[f"{prefix}up_proj.weight"]
-    return GatedWeights(torch.cat([gate, up]), weights[f"{prefix}down_proj.weight"].contiguous())
+    return GatedWeights.packed(gate, up, weights[f"{prefix}down_proj.weight"])

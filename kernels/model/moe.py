@@ -3,13 +3,12 @@
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, gated_weights
 from kernels.ops.expert_mlp import gated_mlp
 from kernels.ops.gate import gate_greedy, gate_noaux_tc
-from kernels.ops.linear import linear
+from kernels.ops.linear import linear, packed
 
 
 class PendingExperts(Protocol):
@@ -28,20 +27,6 @@ class RoutedExperts(Protocol):
         """Send `hidden [tokens, hidden]` to `expert_ids [tokens, choices]`; does not wait for them."""
 
 
-def mix(
-    outputs: torch.Tensor, expert_weights: torch.Tensor, order: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sum of `outputs [tokens * choices, hidden]` by `expert_weights [tokens, choices]`, in float32.
-
-    Output i is that of slot i, or of slot `order[i]`; a token's choices are added in their own order.
-    """
-    places = torch.arange(len(outputs), device=outputs.device)
-    if order is not None:
-        places = torch.empty_like(places).scatter_(0, order, places)
-    places = places.view(expert_weights.shape)
-    return functional.embedding_bag(places, outputs.float(), mode="sum", per_sample_weights=expert_weights)
-
-
 class MixtureOfExperts:
     """The gate, the shared experts, and the socket for the routed ones."""
 
@@ -50,7 +35,7 @@ class MixtureOfExperts:
         self.layer = layer
         self.routed = routed
         prefix = f"model.layers.{layer}.mlp."
-        self._gate = weights[f"{prefix}gate.weight"].float()
+        self._gate = packed(weights[f"{prefix}gate.weight"].float())
         self._gate_bias = weights.get(f"{prefix}gate.e_score_correction_bias")
         shared = config.shared_experts_count > 0
         self._shared = gated_weights(weights, f"{prefix}shared_experts.") if shared else None

@@ -10,7 +10,7 @@ from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, gated_weights, rope_frequencies, rope_scale
 from kernels.model.moe import MixtureOfExperts, RoutedExperts
 from kernels.ops.expert_mlp import gated_mlp
-from kernels.ops.linear import linear
+from kernels.ops.linear import linear, packed
 from kernels.ops.rms_norm import rms_norm
 from kernels.ops.rotary import rotation
 
@@ -42,7 +42,7 @@ class Transformer:
         self.layers = [Layer(config, weights, layer, routed) for layer in range(config.layers_count)]
         self._embedding = weights["model.embed_tokens.weight"]
         self._norm = weights["model.norm.weight"]
-        self._head = self._embedding if config.tied_head else weights["lm_head.weight"].contiguous()
+        self._head = packed(self._embedding if config.tied_head else weights["lm_head.weight"])
         self._frequencies = rope_frequencies(config.rope, config.qk_rope_head_dim)
         self._rope_scale = rope_scale(config.rope)
 

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from kernels.ops.linear import linear, rows_missing
+from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
+from kernels.ops.linear import linear, packed, rows_missing
 
+SMALL_NUMBERS_MAX = 1 << 16  # a quarter of a MiB, which stays in a core's own cache
 SERIAL_NUMBERS_MAX = (1 << 15) - 1  # torch shares out what is larger among threads
 
 
@@ -18,9 +21,28 @@ class GatedWeights:
     gate_up: torch.Tensor
     down: torch.Tensor
 
+    @classmethod
+    def packed(cls, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> "GatedWeights":
+        """From the three projections of a checkpoint, `[out, in]` each, as they multiply fastest."""
+        if 3 * down.numel() <= SMALL_NUMBERS_MAX and runs_compiled(down):
+            return cls(column_by_column(torch.cat([gate, up])), column_by_column(down))
+        return cls(packed(torch.cat([gate, up])), packed(down))
+
+    @property
+    def are_small(self) -> bool:
+        """Whether they are kept for compiled loops: calls of torch would cost more than the products."""
+        return not self.down.is_mkldnn and self.down.stride(0) == 1
+
+
+def column_by_column(weight: torch.Tensor) -> torch.Tensor:
+    """The same `weight [out, in]`, with a column's numbers side by side in memory."""
+    return weight.t().contiguous().t()
+
 
 def gated_mlp(hidden: torch.Tensor, weights: GatedWeights) -> torch.Tensor:
     """`hidden [rows, hidden]` through one gated MLP."""
+    if weights.are_small:
+        return _gated_slots(hidden, torch.arange(len(hidden)), [weights], [len(hidden)])
     gate, up = linear(hidden, weights.gate_up).chunk(2, dim=-1)
     return linear(silu_by_row(gate) * up, weights.down)
 
@@ -44,16 +66,16 @@ def expert_mlp(
 
     The first `counts[0]` slots go through `experts[0]`, the next `counts[1]` through `experts[1]`, and so on.
     """
-    sizes = [count + rows_missing(count, hidden.device) if count else 0 for count in counts]
+    if experts[0].are_small:
+        return _gated_slots(hidden, rows, experts, counts)
+    sizes = [
+        count + rows_missing(count, weights.gate_up) for count, weights in zip(counts, experts, strict=True)
+    ]
     padded = sizes != list(counts)
     slots = hidden[with_repeats(rows, counts, sizes) if padded else rows]
-    out = torch.empty_like(slots)
-    begin = 0
-    for weights, size in zip(experts, sizes, strict=True):
-        end = begin + size
-        gate, up = torch.mm(slots[begin:end], weights.gate_up.t()).chunk(2, dim=-1)
-        torch.mm(silu_by_row(gate) * up, weights.down.t(), out=out[begin:end])
-        begin = end
+    out = torch.cat(
+        [gated_mlp(some, weights) for some, weights in zip(slots.split(sizes), experts, strict=True)]
+    )
     return without_repeats(out, counts, sizes) if padded else out
 
 
@@ -74,3 +96,45 @@ def without_repeats(out: torch.Tensor, counts: Sequence[int], sizes: Sequence[in
         kept += range(begin, begin + count)
         begin += size
     return out[torch.tensor(kept, device=out.device)]
+
+
+def _gated_slots(
+    hidden: torch.Tensor, rows: torch.Tensor, experts: Sequence[GatedWeights], counts: Sequence[int]
+) -> torch.Tensor:
+    """What `expert_mlp` computes, for weights that are small."""
+    out = hidden.new_empty(len(rows), hidden.shape[1])
+    tokens, slots, places = hidden.contiguous().numpy(), out.numpy(), rows.to(torch.int64).numpy()
+    wide = np.empty((2, experts[0].gate_up.shape[0]), np.float32)
+    begin = 0
+    for weights, count in zip(experts, counts, strict=True):
+        end = begin + count
+        # rows of a transposed weight follow each other in memory
+        gate_up, down = weights.gate_up.t().numpy(), weights.down.t().numpy()
+        _gate_rows(tokens, places[begin:end], gate_up, down, wide, slots[begin:end])
+        begin = end
+    return out
+
+
+@compiled()
+def _gate(wide):
+    """Left half `silu(gate) * up` of a row of `[2 * intermediate]`."""
+    size = len(wide) // 2
+    for column in range(size):
+        gate = wide[column]
+        wide[column] = gate / (np.float32(1) + np.exp(-gate)) * wide[size + column]
+    return wide[:size]
+
+
+@compiled(
+    "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[:, ::1])"
+)
+def _gate_rows(hidden, rows, gate_up, down, wide, out):
+    out[:] = 0
+    for slot in range(0, len(rows) - 1, 2):
+        wide[:] = 0
+        add_two_products(hidden[rows[slot]], hidden[rows[slot + 1]], gate_up, wide[0], wide[1])
+        add_two_products(_gate(wide[0]), _gate(wide[1]), down, out[slot], out[slot + 1])
+    if len(rows) % 2:
+        wide[:] = 0
+        add_product(hidden[rows[-1]], gate_up, wide[0])
+        add_product(_gate(wide[0]), down, out[-1])

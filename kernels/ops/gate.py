@@ -4,7 +4,10 @@ V3 (arXiv 2412.19437, section 2.1.2): sigmoid scores; a bias steers the choice b
 score is the sum of its two best. V2 (arXiv 2405.04434, section 2.1.2): softmax scores; a group's is its best.
 """
 
+import numpy as np
 import torch
+
+from kernels.ops.compiled import compiled, runs_compiled
 
 
 def gate_noaux_tc(
@@ -17,6 +20,28 @@ def gate_noaux_tc(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V3's gate: `logits [tokens, experts]` float32 to weights float32 and ids int64, `[tokens, choices]`."""
+    limits = (experts_per_token, groups_count, groups_per_token)
+    if not runs_compiled(logits):
+        return gate_noaux_tc_reference(logits, bias, *limits, normalised, scaling)
+    ids = torch.empty(logits.shape[0], experts_per_token, dtype=torch.int64)
+    weights = torch.empty(ids.shape, dtype=torch.float32)
+    steering = np.zeros(logits.shape[1], np.float32) if bias is None else bias.numpy()
+    _choose_all(logits.numpy(), steering, groups_count, groups_per_token, weights.numpy(), ids.numpy())
+    if normalised:
+        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+    return weights * scaling, ids
+
+
+def gate_noaux_tc_reference(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    experts_per_token: int,
+    groups_count: int,
+    groups_per_token: int,
+    normalised: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `gate_noaux_tc` computes, in torch."""
     scores = sigmoid(logits)
     choice = scores if bias is None else scores + bias
     if groups_count > 1:
@@ -58,3 +83,50 @@ def kept_experts(group_scores: torch.Tensor, groups_per_token: int, experts_coun
     kept = torch.zeros_like(group_scores, dtype=torch.bool)
     kept.scatter_(1, group_scores.topk(groups_per_token, dim=-1).indices, True)
     return kept.repeat_interleave(experts_count // group_scores.shape[1], dim=1)
+
+
+@compiled()
+def _take_greatest(numbers, places):
+    """Where the greatest numbers are, greatest first; each is struck out once it is taken."""
+    for taken in range(len(places)):
+        best = 0
+        for place in range(1, len(numbers)):
+            if numbers[place] > numbers[best]:
+                best = place
+        places[taken] = best
+        numbers[best] = -np.inf
+
+
+@compiled()
+def _sum_of_two_greatest(numbers):
+    first = second = np.float32(-np.inf)
+    for number in numbers:
+        if number > first:
+            first, second = number, first
+        elif number > second:
+            second = number
+    return first + second
+
+
+@compiled("void(float32[:, ::1], float32[::1], intp, intp, float32[:, ::1], int64[:, ::1])")
+def _choose_all(logits, bias, groups_count, groups_per_token, weights, ids):
+    tokens_count, experts_count = logits.shape
+    group_size = experts_count // groups_count
+    scores = np.empty(experts_count, np.float32)
+    choice = np.empty(experts_count, np.float32)
+    best_two = np.empty(groups_count, np.float32)
+    kept = np.empty(groups_per_token, np.int64)
+    for token in range(tokens_count):
+        for expert in range(experts_count):
+            scores[expert] = np.float32(1) / (np.float32(1) + np.exp(-logits[token, expert]))
+            choice[expert] = scores[expert] + bias[expert]
+        if groups_count > 1:
+            for group in range(groups_count):
+                best_two[group] = _sum_of_two_greatest(choice[group * group_size : (group + 1) * group_size])
+            _take_greatest(best_two, kept)
+            for group in range(groups_count):
+                if not np.any(kept == group):
+                    choice[group * group_size : (group + 1) * group_size] = -np.inf
+        _take_greatest(choice, ids[token])
+        for place in range(ids.shape[1]):
+            weights[token, place] = scores[ids[token, place]]

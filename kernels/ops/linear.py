@@ -1,37 +1,84 @@
 """Matrix products whose rows do not depend on how many rows share the call.
 
-A request must get the same bits alone and among others. On CPU a product of fewer than four rows a thread
-runs other code than a larger one, so small products are padded: a row then has one value, whatever the batch.
+A request must get the same bits alone and among others. On CPU a product of very few rows runs other code
+than a larger one, so small products are padded: a row then has one value, whatever the batch. Weights that
+are used again and again are packed once, in the order in which oneDNN reads them fastest.
 """
 
 import torch
 from torch.nn import functional
 
+from kernels.ops.compiled import compiled, multiply_four, runs_compiled
+
 ROWS_MIN = 4
+PACKED_ROWS_MIN = 2
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """`weight [out, in]` as `linear` multiplies by it fastest: on CPU a copy in oneDNN's own order."""
+    if weight.device.type != "cpu" or not packs(weight.dtype):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is here and multiplies numbers of this type on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or bfloat16
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`hidden [rows, in] @ weight [out, in].T + bias`, each row with the same bits in any batch."""
     rows_count = hidden.shape[0]
-    missing = rows_missing(rows_count, hidden.device)
-    if not missing:
-        return functional.linear(hidden, weight, bias)
-    return functional.linear(functional.pad(hidden, (0, 0, 0, missing)), weight, bias)[:rows_count]
+    missing = rows_missing(rows_count, weight)
+    if missing:
+        hidden = functional.pad(hidden, (0, 0, 0, missing))
+    if weight.is_mkldnn:
+        out = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    else:
+        out = functional.linear(hidden, weight, bias)
+    return out[:rows_count] if missing else out
+
+
+def linear_by_head_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What `linear_by_head` computes, in torch."""
+    rows_count = hidden.shape[0]
+    missing = rows_missing(rows_count, weight)
+    if missing:
+        hidden = functional.pad(hidden, (0, 0, 0, 0, 0, missing))
+    return torch.bmm(hidden.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)[:rows_count]
 
 
 def linear_by_head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`hidden [rows, heads, in]` by `weight [heads, in, out]`, `[rows, heads, out]`; rows as in `linear`."""
-    rows_count = hidden.shape[0]
-    missing = rows_missing(rows_count, hidden.device)
-    if missing:
-        hidden = functional.pad(hidden, (0, 0, 0, 0, 0, missing))
-    return torch.bmm(hidden.transpose(0, 1), weight).transpose(0, 1)[:rows_count]
+    """`hidden [rows, heads, in]` by `weight [heads, out, in]`, `[rows, heads, out]`; rows as in `linear`."""
+    if not runs_compiled(hidden):
+        return linear_by_head_reference(hidden, weight)
+    out = hidden.new_empty(*hidden.shape[:2], weight.shape[1])
+    _multiply_by_head(hidden.contiguous().numpy(), weight.numpy(), out.numpy())
+    return out
 
 
-def rows_missing(rows_count: int, device: torch.device) -> int:
+@compiled("void(float32[:, :, ::1], float32[:, :, ::1], float32[:, :, ::1])")
+def _multiply_by_head(hidden, weight, out):
+    """Four rows at a time while a row of the weight is at hand."""
+    last = hidden.shape[0] - 1
+    for head in range(hidden.shape[1]):
+        for row in range(0, last + 1, 4):
+            # past the last row the last one is computed again
+            second, third, fourth = min(row + 1, last), min(row + 2, last), min(row + 3, last)
+            rows = (hidden[row, head], hidden[second, head], hidden[third, head], hidden[fourth, head])
+            outs = (out[row, head], out[second, head], out[third, head], out[fourth, head])
+            multiply_four(rows, weight[head], outs)
+
+
+def rows_missing(rows_count: int, weight: torch.Tensor) -> int:
     """Rows to add before a product's rows are independent of their number."""
-    if device.type != "cpu":
+    if weight.device.type != "cpu" or rows_count == 0:
         return 0
+    if weight.is_mkldnn:
+        return max(PACKED_ROWS_MIN - rows_count, 0)
     threads_count = torch.get_num_threads()
     if threads_count == 1:
         return max(ROWS_MIN - rows_count, 0)

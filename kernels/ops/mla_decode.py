@@ -1,27 +1,114 @@
 """Absorbed latent attention: one query token a request over its latents in pages, keys and values being one.
 
-Each request is computed on its own over just the slots it has filled: its bits do not depend on its
-neighbours, and what other slots of its pages hold is never read.
+Each request is computed on its own over just the tokens it has: its bits do not depend on its neighbours,
+and what other slots of its pages hold is never read.
 """
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
-Slots = slice | torch.Tensor
+from kernels.ops.compiled import add_product, add_two_products, compiled, multiply_four, runs_compiled
+
+
+def mla_decode_reference(
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    value_dim: int,
+    scale: float,
+) -> torch.Tensor:
+    """What `mla_decode` computes, request by request in torch."""
+    scaled = queries * scale
+    out = queries.new_empty(*queries.shape[:2], value_dim)
+    page_tokens = latents.shape[1]
+    for request, length in enumerate(lengths.tolist()):
+        used = pages[request, : -(-length // page_tokens)]
+        context = latents[used].flatten(0, 1)[:length]
+        weights = torch.mm(scaled[request], context.t()).float().softmax(dim=-1)
+        torch.mm(weights.to(context.dtype), context[:, :value_dim], out=out[request])
+    return out
 
 
 def mla_decode(
-    queries: torch.Tensor, latents: torch.Tensor, contexts: Sequence[Slots], value_dim: int, scale: float
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    value_dim: int,
+    scale: float,
 ) -> torch.Tensor:
-    """`queries [requests, heads, latent]` over `latents [slots, latent]`, to `[requests, heads, value]`.
+    """`queries [requests, heads, latent]` over `latents [pages, 64, latent]`, to `[requests, heads, value]`.
 
-    `contexts` names each request's slots in order: a slice where its pages lie in a row, else an index.
+    A request's context is the first `lengths [requests]` tokens of its row of `pages [requests, most]`, both
+    int32.
     """
-    scaled = queries * scale
-    out = queries.new_empty(len(contexts), queries.shape[1], value_dim)
-    for row, slots in enumerate(contexts):
-        context = latents[slots]
-        weights = torch.mm(scaled[row], context.t()).float().softmax(dim=-1)
-        torch.mm(weights.to(context.dtype), context[:, :value_dim], out=out[row])
+    if not runs_compiled(queries):
+        return mla_decode_reference(queries, latents, pages, lengths, value_dim, scale)
+    out = queries.new_empty(*queries.shape[:2], value_dim)
+    scores = np.empty((queries.shape[1], pages.shape[1] * latents.shape[1]), np.float32)
+    given = (queries.contiguous(), latents, pages, lengths)
+    _attend_all(*(tensor.numpy() for tensor in given), np.float32(scale), scores, out.numpy())
     return out
+
+
+@compiled()
+def _weigh(queries, latents, pages, length, scores):
+    """Scores `[heads, length]` of one request, four heads at a time while a token's latent is at hand."""
+    page_tokens, last = latents.shape[1], len(queries) - 1
+    for begin in range(0, length, page_tokens):
+        end = min(begin + page_tokens, length)
+        keys = latents[pages[begin // page_tokens]]
+        for head in range(0, last + 1, 4):
+            # past the last head the last one is computed again
+            second, third, fourth = min(head + 1, last), min(head + 2, last), min(head + 3, last)
+            four = (queries[head], queries[second], queries[third], queries[fourth])
+            outs = (
+                scores[head, begin:end],
+                scores[second, begin:end],
+                scores[third, begin:end],
+                scores[fourth, begin:end],
+            )
+            multiply_four(four, keys, outs)
+
+
+@compiled()
+def _soften(scores, length, scale):
+    """Softmax of each head's first `length` scores times `scale`."""
+    for head in range(scores.shape[0]):
+        row = scores[head, :length]
+        greatest = row.max()
+        total = np.float32(0)
+        for token in range(length):
+            row[token] = np.exp((row[token] - greatest) * scale)
+            total += row[token]
+        for token in range(length):
+            row[token] /= total
+
+
+@compiled()
+def _mix(weights, latents, pages, length, out):
+    """Sum of the latents' first numbers by weight, `[heads, value]`, two heads at a time."""
+    page_tokens = latents.shape[1]
+    heads_count = len(out)
+    out[:] = 0
+    for begin in range(0, length, page_tokens):
+        end = min(begin + page_tokens, length)
+        values = latents[pages[begin // page_tokens]]
+        for head in range(0, heads_count - 1, 2):
+            by, other_by = weights[head, begin:end], weights[head + 1, begin:end]
+            add_two_products(by, other_by, values, out[head], out[head + 1])
+        if heads_count % 2:
+            add_product(weights[heads_count - 1, begin:end], values, out[heads_count - 1])
+
+
+@compiled(
+    "void(float32[:, :, ::1], float32[:, :, ::1], int32[:, ::1], int32[::1], float32, float32[:, ::1],"
+    " float32[:, :, ::1])"
+)
+def _attend_all(queries, latents, pages, lengths, scale, scores, out):
+    for request in range(len(lengths)):
+        length = lengths[request]
+        _weigh(queries[request], latents, pages[request], length, scores)
+        _soften(scores, length, scale)
+        _mix(scores, latents, pages[request], length, out[request])

@@ -17,10 +17,11 @@ def looped(experts: LocalExperts, layer: int, hidden, ids, weights) -> torch.Ten
     mixed = torch.zeros(len(hidden), HIDDEN, dtype=torch.float64)
     for token, choice in ((token, choice) for token in range(len(hidden)) for choice in range(CHOICES)):
         gated = experts._weights[layer, int(ids[token, choice])]
-        gate, up = gated.gate_up.double().chunk(2)
+        gate_up, down = (part.to_dense() if part.is_mkldnn else part for part in (gated.gate_up, gated.down))
+        gate, up = gate_up.double().chunk(2)
         state = hidden[token].double()
         mixed[token] += weights[token, choice] * (
-            gated.down.double() @ (functional.silu(gate @ state) * (up @ state))
+            down.double() @ (functional.silu(gate @ state) * (up @ state))
         )
     return mixed
 

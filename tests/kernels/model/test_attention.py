@@ -83,8 +83,11 @@ def test_absorbed_is_expanded(variant, dtype):
     hidden = torch.randn(TOKENS, 48).to(dtype)
     with torch.inference_mode():
         expanded, queries, latents = prefilled(attention, hidden)
-        contexts = [slice(0, token + 1) for token in range(TOKENS)]
-        absorbed = attention.project(attention.absorb(queries, latents, contexts))
+        one_page, lengths = (
+            torch.zeros(TOKENS, 1, dtype=torch.int32),
+            torch.arange(TOKENS, dtype=torch.int32) + 1,
+        )
+        absorbed = attention.project(attention.absorb(queries, latents[None], one_page, lengths))
     assert absorbed.dtype == expanded.dtype == latents.dtype == dtype
     assert latents.shape == (TOKENS, attention.config.latent_dim)
     assert (absorbed - expanded).abs().max() < FORMS_TOLERANCE[dtype] * expanded.abs().max()
@@ -109,11 +112,14 @@ def test_a_token_leaves_the_same_latent_in_any_batch(variant, dtype, threads_cou
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_is_decoded_to_the_same_bits_in_any_batch(dtype, threads_count):
     _, _, attention = drawn_attention("v3", dtype)
-    queries, latents = torch.randn(20, 3, 24).to(dtype), torch.randn(300, 40).to(dtype)
-    contexts = [slice(row, row + 1 + 13 * row) for row in range(20)]
+    queries, latents = torch.randn(20, 3, 24).to(dtype), torch.randn(20, 300, 40).to(dtype)
+    pages, lengths = torch.randperm(20).to(torch.int32)[:, None], torch.arange(20, dtype=torch.int32) * 13 + 1
     with torch.inference_mode(), threads(threads_count):
         assert_rows_keep_their_bits(
-            lambda some: attention.project(attention.absorb(queries[some], latents, contexts[some])), 20
+            lambda some: attention.project(
+                attention.absorb(queries[some], latents, pages[some], lengths[some])
+            ),
+            20,
         )
 
 

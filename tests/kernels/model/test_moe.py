@@ -1,39 +1,11 @@
-"""The mixture: outputs of experts summed in float32, the same bits in any company."""
+"""The choice of experts: a token's is the same in any company."""
 
 import pytest
 import torch
 
-from kernels.model.moe import MixtureOfExperts, mix
+from kernels.model.moe import MixtureOfExperts
 from tests.kernels.model.models import configs
 from tests.kernels.ops.rows import DTYPES, ROWS_COUNT, THREADS, assert_rows_keep_their_bits, threads
-
-CHOICES = 6
-
-
-def test_outputs_are_summed_in_float32_however_small_their_type():
-    outputs = torch.tensor([[256.0], [1.0]]).bfloat16()  # in bfloat16 their sum would stay 256
-    result = mix(outputs, torch.tensor([[1.0, 1.0]]))
-    assert result.dtype == torch.float32 and result.item() == 257.0
-
-
-def test_each_token_mixes_its_own_outputs():
-    outputs, weights = torch.randn(5 * CHOICES, 7), torch.rand(5, CHOICES)
-    expected = torch.stack(
-        [weights[token].double() @ outputs.view(5, CHOICES, 7)[token].double() for token in range(5)]
-    )
-    assert (mix(outputs, weights) - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("threads_count", THREADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden_size", [100, 128, 512])
-def test_a_token_keeps_its_bits_in_any_batch(hidden_size, dtype, threads_count):
-    outputs, weights = (
-        torch.randn(ROWS_COUNT, CHOICES, hidden_size).to(dtype),
-        torch.rand(ROWS_COUNT, CHOICES),
-    )
-    with threads(threads_count):
-        assert_rows_keep_their_bits(lambda some: mix(outputs[some].flatten(0, 1), weights[some]))
 
 
 @pytest.mark.parametrize("threads_count", THREADS)

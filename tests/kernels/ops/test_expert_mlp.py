@@ -6,8 +6,9 @@ from torch.nn import functional
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from kernels.model.moe import mix
 from kernels.ops.expert_mlp import GatedWeights, expert_mlp, gated_mlp, silu_by_row
+from kernels.ops.linear import packed
+from kernels.ops.mix import mix
 from kernels.ops.sort_by_expert import sort_by_expert
 from tests.kernels.ops.rows import DTYPES, ROWS_COUNT, THREADS, assert_rows_keep_their_bits, threads
 
@@ -15,12 +16,30 @@ OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 HIDDEN, INTERMEDIATE, EXPERTS, CHOICES = 48, 40, 6, 3
 
 
+def kept_plain(gate_up: torch.Tensor, down: torch.Tensor) -> GatedWeights:
+    """As a GPU keeps them, and a CPU without oneDNN."""
+    return GatedWeights(gate_up, down)
+
+
+def kept_packed(gate_up: torch.Tensor, down: torch.Tensor) -> GatedWeights:
+    """As a CPU keeps large ones."""
+    return GatedWeights(packed(gate_up), packed(down))
+
+
+def kept_as_is_best(gate_up: torch.Tensor, down: torch.Tensor) -> GatedWeights:
+    """As weights of a checkpoint are kept: small ones of float32 for compiled loops."""
+    return GatedWeights.packed(*gate_up.chunk(2), down)
+
+
+KEPT = (kept_plain, kept_packed, kept_as_is_best)
+
+
 def drawn_experts(
-    dtype: torch.dtype, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+    dtype: torch.dtype, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, kept=kept_as_is_best
 ) -> list[GatedWeights]:
     """Weights of EXPERTS experts."""
     return [
-        GatedWeights(
+        kept(
             (torch.randn(2 * intermediate, hidden) / hidden**0.5).to(dtype),
             (torch.randn(hidden, intermediate) / intermediate**0.5).to(dtype),
         )
@@ -28,20 +47,29 @@ def drawn_experts(
     ]
 
 
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_gated_mlp_is_its_formula(dtype):
-    [weights, *_], hidden = drawn_experts(dtype), torch.randn(7, HIDDEN).to(dtype)
-    gate, up = weights.gate_up.double().chunk(2)
+def test_one_gated_mlp_is_its_formula(dtype, kept):
+    [plain, *_], hidden = drawn_experts(dtype, kept=kept_plain), torch.randn(7, HIDDEN).to(dtype)
+    gate, up = plain.gate_up.double().chunk(2)
     wide = hidden.double()
-    expected = (functional.silu(wide @ gate.T) * (wide @ up.T)) @ weights.down.double().T
-    result = gated_mlp(hidden, weights)
+    expected = (functional.silu(wide @ gate.T) * (wide @ up.T)) @ plain.down.double().T
+    result = gated_mlp(hidden, kept(plain.gate_up, plain.down))
     assert result.dtype == dtype
     assert (result.double() - expected).abs().max() < OUTPUT_TOLERANCE[dtype] * expected.abs().max()
 
 
+def test_only_small_weights_of_float32_are_kept_for_compiled_loops():
+    assert drawn_experts(torch.float32)[0].are_small
+    assert not drawn_experts(torch.bfloat16)[0].are_small
+    assert not drawn_experts(torch.float32, 256, 512)[0].are_small
+    assert not drawn_experts(torch.float32, kept=kept_plain)[0].are_small
+
+
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_slot_is_its_token_through_its_expert(dtype):
-    experts, hidden = drawn_experts(dtype), torch.randn(20, HIDDEN).to(dtype)
+def test_each_slot_is_its_token_through_its_expert(dtype, kept):
+    experts, hidden = drawn_experts(dtype, kept=kept), torch.randn(20, HIDDEN).to(dtype)
     ids = torch.stack([torch.randperm(EXPERTS)[:CHOICES] for _ in hidden])
     ids[ids == 4] = 5  # nobody goes to one expert; two choices of a token may be the same
     order, present, counts = sort_by_expert(ids)
@@ -68,7 +96,7 @@ def test_the_mixture_is_that_of_transformers():
     )
     config._experts_implementation = "eager"
     theirs = DeepseekV3Experts(config)
-    experts, hidden = drawn_experts(torch.float32), torch.randn(20, HIDDEN)
+    experts, hidden = drawn_experts(torch.float32, kept=kept_plain), torch.randn(20, HIDDEN)
     with torch.inference_mode():
         theirs.gate_up_proj.copy_(torch.stack([weights.gate_up for weights in experts]))
         theirs.down_proj.copy_(torch.stack([weights.down for weights in experts]))
@@ -78,15 +106,19 @@ def test_the_mixture_is_that_of_transformers():
         outputs = torch.empty(20 * CHOICES, HIDDEN)
         outputs[order] = expert_mlp(hidden, order // CHOICES, [experts[expert] for expert in present], counts)
         expected = theirs(hidden, ids, expert_weights)
-    error = (mix(outputs, expert_weights) - expected).abs().max()
+    error = (mix(outputs, expert_weights, torch.arange(60)) - expected).abs().max()
     assert error < OUTPUT_TOLERANCE[torch.float32] * expected.abs().max()
 
 
 @pytest.mark.parametrize("threads_count", THREADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("intermediate", [36, 64, 256, 1408])
-def test_a_row_keeps_its_bits_in_any_batch(intermediate, dtype, threads_count):
-    [weights, *_], hidden = drawn_experts(dtype, 64, intermediate), torch.randn(ROWS_COUNT, 64).to(dtype)
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_row_keeps_its_bits_in_any_batch(kept, intermediate, dtype, threads_count):
+    [weights, *_], hidden = (
+        drawn_experts(dtype, 64, intermediate, kept),
+        torch.randn(ROWS_COUNT, 64).to(dtype),
+    )
     with threads(threads_count):
         assert_rows_keep_their_bits(lambda some: gated_mlp(hidden[some], weights))
 

@@ -8,7 +8,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from kernels.ops.gate import gate_greedy, gate_noaux_tc, sigmoid
+from kernels.ops.gate import gate_greedy, gate_noaux_tc, gate_noaux_tc_reference, sigmoid
 from tests.kernels.ops.rows import ROWS_COUNT, THREADS, assert_rows_keep_their_bits, threads
 
 WEIGHT_TOLERANCE = 1e-6
@@ -58,9 +58,10 @@ def loop_over_tokens(logits, bias, limits, scaling, method, normalised=True) -> 
 
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
-def test_the_v3_gate_is_that_of_a_plain_loop(limits, normalised):
+@pytest.mark.parametrize("gate", [gate_noaux_tc, gate_noaux_tc_reference])
+def test_the_v3_gate_is_that_of_a_plain_loop(gate, limits, normalised):
     logits, bias = torch.randn(40, limits[0]), torch.rand(limits[0]) - 0.5
-    weights, ids = gate_noaux_tc(logits, bias, *limits[1:], normalised, 2.5)
+    weights, ids = gate(logits, bias, *limits[1:], normalised, 2.5)
     expected = loop_over_tokens(logits, bias, limits, 2.5, "noaux_tc", normalised)
     assert (by_expert(weights, ids, limits[0]) - expected).abs().max() < WEIGHT_TOLERANCE
     assert weights.dtype == torch.float32 and ids.dtype == torch.int64

@@ -1,9 +1,11 @@
 """Attention's two forms against attention written out in double precision; what is unused is poisoned."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from kernels.ops.mla_decode import mla_decode
+from kernels.ops.mla_decode import mla_decode, mla_decode_reference
 from kernels.ops.mla_prefill import TILE_TOKENS, mla_prefill
 from tests.kernels.ops.rows import THREADS, threads
 
@@ -13,6 +15,21 @@ BFLOAT16_TOLERANCE = 3e-2
 HEADS, QK, V = 3, 24, 16
 VALUE, LATENT = 32, 40
 SCALE = 0.2
+PAGE_TOKENS = 64
+TOLERANCES = [
+    (torch.float64, SCORES_TOLERANCE),
+    (torch.float32, FLOAT32_TOLERANCE),
+    (torch.bfloat16, BFLOAT16_TOLERANCE),
+]
+
+
+class DecodeRequests(NamedTuple):
+    """The first arguments of `mla_decode`."""
+
+    queries: torch.Tensor
+    latents: torch.Tensor
+    pages: torch.Tensor
+    lengths: torch.Tensor
 
 
 def naive(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -33,11 +50,16 @@ def drawn_prompt(tokens_count: int, dtype: torch.dtype = torch.float64) -> list[
     return [torch.randn(tokens_count, HEADS, QK).to(dtype), *wide.split([QK, V], dim=-1)]
 
 
-def naive_decode(queries: torch.Tensor, latents: torch.Tensor, contexts: list) -> torch.Tensor:
+def context_of(requests: DecodeRequests, row: int) -> torch.Tensor:
+    """One request's own latents `[length, latent]`, in order."""
+    return requests.latents[requests.pages[row]].flatten(0, 1)[: requests.lengths[row]]
+
+
+def naive_decode(requests: DecodeRequests) -> torch.Tensor:
     """One query token a request over its own latents, in double precision."""
     rows = []
-    for query, slots in zip(queries.double(), contexts, strict=True):
-        context = latents[slots].double()
+    for row, query in enumerate(requests.queries.double()):
+        context = context_of(requests, row).double()
         rows.append((query @ context.T * SCALE).softmax(dim=-1) @ context[:, :VALUE])
     return torch.stack(rows)
 
@@ -84,58 +106,75 @@ def test_later_tokens_of_a_tile_weigh_nothing():
 
 
 def drawn_requests(
-    lengths: list[int], dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Queries, a pool of latents that is NaN wherever no request has written, and each one's slots.
-
-    Every other request lies in a row, the rest in pages out of order.
-    """
-    latents = torch.full((64 * 4 * len(lengths), LATENT), float("nan"), dtype=dtype)
-    contexts = []
-    for index, length in enumerate(lengths):
-        pages = torch.arange(4) + 4 * index
-        slots = (pages.flip(0)[:, None] * 64 + torch.arange(64)).flatten()[:length]
-        first = 4 * index * 64
-        contexts.append(slice(first, first + length) if index % 2 else slots)
-        latents[contexts[-1]] = torch.randn(length, LATENT).to(dtype)
-    return torch.randn(len(lengths), HEADS, LATENT).to(dtype), latents, contexts
+    lengths: list[int], dtype: torch.dtype = torch.float64, heads_count: int = HEADS
+) -> DecodeRequests:
+    """Requests in pages out of order, in a pool that is NaN wherever none of them has written."""
+    pages = torch.randperm(4 * len(lengths)).view(len(lengths), 4).to(torch.int32)
+    latents = torch.full((4 * len(lengths), PAGE_TOKENS, LATENT), float("nan"), dtype=dtype)
+    for row, length in enumerate(lengths):
+        for token in range(length):
+            page, place = divmod(token, PAGE_TOKENS)
+            latents[pages[row, page], place] = torch.randn(LATENT).to(dtype)
+    queries = torch.randn(len(lengths), heads_count, LATENT).to(dtype)
+    return DecodeRequests(queries, latents, pages, torch.tensor(lengths, dtype=torch.int32))
 
 
-RAGGED = [1, 200, 63, 64, 65, 2, 129]
+def decoded(requests: DecodeRequests) -> torch.Tensor:
+    """What `mla_decode` makes of them."""
+    return mla_decode(*requests, VALUE, SCALE)
 
 
-def test_ragged_requests_are_naive_attention_and_unused_slots_are_never_read():
-    queries, latents, contexts = drawn_requests(RAGGED)
-    result = mla_decode(queries, latents, contexts, VALUE, SCALE)
-    assert result.shape == (len(RAGGED), HEADS, VALUE)
-    assert (result - naive_decode(queries, latents, contexts)).abs().max() < SCORES_TOLERANCE
+RAGGED = [1, 200, 63, 64, 65, 2, 129, 256]
 
 
-def test_decoding_in_bfloat16_loses_no_more_than_it_must():
-    queries, latents, contexts = drawn_requests(RAGGED, torch.bfloat16)
-    result = mla_decode(queries, latents, contexts, VALUE, SCALE)
-    assert result.dtype == torch.bfloat16
-    assert (result.double() - naive_decode(queries, latents, contexts)).abs().max() < BFLOAT16_TOLERANCE
+@pytest.mark.parametrize("heads_count", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
+def test_ragged_requests_are_naive_attention_and_unused_slots_are_never_read(dtype, tolerance, heads_count):
+    requests = drawn_requests(RAGGED, dtype, heads_count)
+    result = decoded(requests)
+    assert result.dtype == dtype and result.shape == (len(RAGGED), heads_count, VALUE)
+    assert (result.double() - naive_decode(requests)).abs().max() < tolerance
+
+
+def test_compiled_loops_agree_with_the_reference():
+    requests = drawn_requests(RAGGED, torch.float32, 8)
+    difference = decoded(requests) - mla_decode_reference(*requests, VALUE, SCALE)
+    assert 0 < difference.abs().max() < FLOAT32_TOLERANCE, "0 would mean that both are the same code"
 
 
 @pytest.mark.parametrize("threads_count", THREADS)
+@pytest.mark.parametrize("heads_count", [3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_request_has_the_same_bits_alone_and_wherever_its_pages_lie(dtype, threads_count):
-    queries, latents, contexts = drawn_requests(RAGGED, dtype)
+def test_a_request_has_the_same_bits_alone_and_wherever_its_pages_lie(dtype, heads_count, threads_count):
+    requests = drawn_requests(RAGGED, dtype, heads_count)
     with threads(threads_count):
-        together = mla_decode(queries, latents, contexts, VALUE, SCALE)
-        for row, slots in enumerate(contexts):
-            alone = mla_decode(queries[row : row + 1], latents, [slots], VALUE, SCALE)
-            moved = latents[slots].clone()
-            elsewhere = mla_decode(queries[row : row + 1], moved, [slice(0, len(moved))], VALUE, SCALE)
+        together = decoded(requests)
+        for row in range(len(RAGGED)):
+            queries, pages, lengths = (
+                part[row : row + 1] for part in (requests.queries, requests.pages, requests.lengths)
+            )
+            alone = decoded(DecodeRequests(queries, requests.latents, pages, lengths))
+            moved = requests.latents[requests.pages[row]]
+            in_a_row = torch.arange(4, dtype=torch.int32)[None]
+            elsewhere = decoded(DecodeRequests(queries, moved, in_a_row, lengths))
             assert torch.equal(alone[0], together[row]) and torch.equal(elsewhere[0], together[row])
 
 
-def test_both_forms_agree_where_keys_are_latents():
+def test_a_request_that_is_no_number_spoils_only_itself():
+    requests = drawn_requests(RAGGED, torch.float32)
+    before = decoded(requests)
+    requests.latents[requests.pages[1, 0], 5] = float("nan")
+    after = decoded(requests)
+    assert after[1].isnan().all()
+    assert torch.equal(after[2:], before[2:]) and torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES[:2], ids=str)
+def test_both_forms_agree_where_keys_are_latents(dtype, tolerance):
     """The last token of a prompt, with one head's keys and values the same latents for all heads."""
-    latents = torch.randn(90, LATENT, dtype=torch.float64)
-    queries = torch.randn(90, HEADS, LATENT, dtype=torch.float64)
+    requests = drawn_requests([90], dtype)
+    latents = context_of(requests, 0)
     keys = latents[:, None].expand(-1, HEADS, -1)
+    queries = torch.cat([torch.randn(89, HEADS, LATENT).to(dtype), requests.queries])
     prefilled = mla_prefill(queries, keys, keys[..., :VALUE], SCALE)[-1]
-    decoded = mla_decode(queries[-1:], latents, [slice(0, 90)], VALUE, SCALE)[0]
-    assert (prefilled - decoded).abs().max() < SCORES_TOLERANCE
+    assert (prefilled - decoded(requests)[0]).abs().max() < tolerance
