@@ -150,7 +150,7 @@ def median_us(run: Callable[[], object]) -> float:
 
 def frame_bytes(ids: torch.Tensor, placement: Placement, shards_count: int) -> list[tuple[int, int]]:
     """Bytes of hidden states to each shard, once a token, and of outputs back, once a slot."""
-    homes = torch.tensor(placement.homes[0])[ids]
+    homes = torch.tensor(placement.homes[0])[ids].squeeze(-1)
     sizes = []
     for shard in range(shards_count):
         mine = homes == shard

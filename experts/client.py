@@ -1,10 +1,9 @@
 """RoutedExperts over channels: one dispatch frame for each shard and layer, answers combined here.
 
 A dispatch changes nothing on a shard, so one that was refused or lost with its channel is simply sent again,
-by the newest placement, until the time allowed is over.
+by the newest placement, until the time allowed is over: at once where other shards hold all that it needs.
 """
 
-import contextlib
 import itertools
 import threading
 import time
@@ -13,50 +12,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from experts.config import DispatchConfig
 from experts.errors import DispatchRefused, ExpertsUnavailable
 from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement
+from experts.route import Route, ShardSlots
 from kernels.ops.mix import mix
-from kernels.ops.sort_by_expert import sort_by_expert
 from kernels.transport.connect import connect
-from kernels.transport.errors import ChannelError, FrameMalformed
+from kernels.transport.errors import ChannelError, ChannelTimeout, FrameMalformed
 from kernels.transport.frame import Frame, Header
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
 
 RETRY_S = 0.05
+DOWN_S = 1.0  # a shard that failed is passed over so long, if others hold what is needed
 CONNECT_TIMEOUT_S = 2.0
-
-
-class Route:
-    """A placement in the form that dispatch needs: experts ordered by shard, so that one sort serves both."""
-
-    def __init__(self, placement: Placement):
-        self.epoch = placement.epoch
-        self._first_layer = placement.first_layer
-        self.addresses = [shard.address for shard in placement.shards]
-        self._ranks: list[torch.Tensor] = []
-        self._experts: list[list[int]] = []
-        self._homes: list[tuple[int, ...]] = []
-        for homes in placement.homes:
-            by_shard = sorted(range(len(homes)), key=lambda expert, homes=homes: (homes[expert], expert))
-            ranks = torch.empty(len(homes), dtype=torch.int64)
-            ranks[torch.tensor(by_shard)] = torch.arange(len(homes))
-            self._ranks.append(ranks)
-            self._experts.append(by_shard)
-            self._homes.append(homes)
-
-    def split(
-        self, layer: int, expert_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, list[tuple[int, tuple[int, ...], tuple[int, ...]]]]:
-        """Order of the slots by shard and expert, and for each shard its index, experts and slot counts."""
-        index = layer - self._first_layer
-        order, ranks, counts = sort_by_expert(self._ranks[index][expert_ids])
-        pairs = [(self._experts[index][rank], count) for rank, count in zip(ranks, counts, strict=True)]
-        by_shard = itertools.groupby(pairs, key=lambda pair: self._homes[index][pair[0]])
-        return order, [(shard, *zip(*group, strict=True)) for shard, group in by_shard]
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -65,6 +37,7 @@ class Part:
 
     address: str
     channel: StreamChannel
+    share: ShardSlots
     outputs: torch.Tensor
     done: bool = False
     refusal: str | None = None
@@ -98,6 +71,7 @@ class RemoteExperts:
         self._route: Route | None = None
         self._placed = threading.Condition()
         self._channels: dict[str, StreamChannel] = {}
+        self._down_until_s: dict[str, float] = {}
         self._parts: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()  # of living calls
         self._call_ids: Iterator[int] = itertools.count(1)
         self.retries_count = 0
@@ -106,7 +80,7 @@ class RemoteExperts:
         """Go by a newer placement from the next dispatch on."""
         with self._placed:
             if self._route is None or placement.epoch > self._route.epoch:
-                self._route = Route(placement)
+                self._route = Route(placement, self.config.host)
                 self._placed.notify_all()
 
     @property
@@ -132,7 +106,7 @@ class RemoteExperts:
                 if not call.parts:
                     self._send(call)
                 for part in call.parts:
-                    self._receive(part, call.end_s)
+                    self._receive(part, call)
                 return
             except (ChannelError, DispatchRefused) as error:
                 self.retries_count += 1
@@ -140,7 +114,8 @@ class RemoteExperts:
                     raise ExpertsUnavailable(
                         f"layer {call.layer}: no answer within {self.config.timeout_s} s: {error}"
                     ) from error
-                time.sleep(RETRY_S)
+                if isinstance(error, DispatchRefused) or not self._others_hold(call):
+                    time.sleep(RETRY_S)
             finally:
                 call.parts = []
 
@@ -151,65 +126,95 @@ class RemoteExperts:
         self._channels.clear()
 
     def _current_route(self, end_s: float) -> Route:
-        with self._placed:
-            if not self._placed.wait_for(lambda: self._route is not None, max(end_s - time.monotonic(), 0)):
-                raise ExpertsUnavailable("no placement of experts is known yet")
-            return self._route
+        if self._route is None:
+            with self._placed:
+                if not self._placed.wait_for(lambda: self._route is not None, end_s - time.monotonic()):
+                    raise ExpertsUnavailable("no placement of experts is known yet")
+        return self._route
 
     def _send(self, call: Call) -> None:
         route = self._current_route(call.end_s)
         self._leave_old_shards(route)
-        call.order, by_shard = route.split(call.layer, call.expert_ids)
+        call_id = next(self._call_ids)
+        call.order, shares = route.split(call.layer, call.expert_ids, call_id, self._down())
         call.outputs = call.hidden.new_empty(len(call.order), call.hidden.shape[1])
-        rows = (call.order // call.expert_ids.shape[1]).to(torch.int32)
-        ends = itertools.accumulate(sum(counts) for _, _, counts in by_shard)
-        slots = [slice(begin, end) for begin, end in itertools.pairwise((0, *ends))]
         # all channels first: nobody computes in vain for a call of which one shard cannot be reached
-        call.parts = [
-            self._part(route.addresses[shard], call.outputs[some], call.end_s)
-            for (shard, _, _), some in zip(by_shard, slots, strict=True)
-        ]
-        for part, (_, experts, counts), some in zip(call.parts, by_shard, slots, strict=True):
-            hidden, part_rows = only_needed(call.hidden, rows[some])
-            header = DispatchHeader(self._number(part), route.epoch, call.layer, len(hidden), experts, counts)
-            with self._dropped_on_error(part):
-                part.channel.send(DISPATCH, header.body(), [as_bytes(hidden), as_bytes(part_rows)])
+        call.parts = [self._part(route.addresses[share.shard], share, call) for share in shares]
+        for part in call.parts:
+            self._send_part(part, call, route, call_id * len(route.addresses) + part.share.shard)
         for part in call.parts:
             if part.channel.has_pending:
-                with self._dropped_on_error(part):
+                try:
                     part.channel.flush(max(call.end_s - time.monotonic(), 0))
+                except ChannelError:
+                    self._drop(part)
+                    raise
 
-    def _part(self, address: str, outputs: torch.Tensor, end_s: float) -> Part:
+    def _part(self, address: str, share: ShardSlots, call: Call) -> Part:
         channel = self._channels.get(address)
         if channel is None:
-            timeout_s = min(CONNECT_TIMEOUT_S, max(end_s - time.monotonic(), RETRY_S))
-            channel = connect(address, self.config.secret, self.config.name, timeout_s)
+            timeout_s = min(CONNECT_TIMEOUT_S, max(call.end_s - time.monotonic(), RETRY_S))
+            try:
+                channel = connect(address, self.config.secret, self.config.name, timeout_s)
+            except ChannelError:
+                self._down_until_s[address] = time.monotonic() + DOWN_S
+                raise
             self._channels[address] = channel
-        return Part(address, channel, outputs)
+        return Part(address, channel, share, call.outputs[share.slots])
 
-    def _number(self, part: Part) -> int:
-        """A new number, by which the answer will find the part for as long as its call lives."""
-        call_id = next(self._call_ids)
-        self._parts[call_id] = part
-        return call_id
-
-    def _receive(self, part: Part, end_s: float) -> None:
-        with self._dropped_on_error(part):
-            while not part.done:
-                if part.refusal is not None:
-                    raise DispatchRefused(part.refusal)
-                self._accept(part.channel.receive(max(end_s - time.monotonic(), 0), self._choose_buffers))
-
-    @contextlib.contextmanager
-    def _dropped_on_error(self, part: Part) -> Iterator[None]:
-        """Close a channel that failed; other calls on it then find it closed and are sent anew too."""
+    def _send_part(self, part: Part, call: Call, route: Route, part_id: int) -> None:
+        """Send what a shard needs, under a number by which its answer finds the part while its call lives."""
+        self._parts[part_id] = part
+        share = part.share
+        hidden = only_needed(call.hidden, share.tokens)
+        header = DispatchHeader(part_id, route.epoch, call.layer, len(hidden), share.experts, share.counts)
         try:
-            yield
+            part.channel.send(DISPATCH, header.body(), [as_bytes(hidden), memoryview(share.rows).cast("B")])
         except ChannelError:
-            part.channel.close()
-            if self._channels.get(part.address) is part.channel:
-                del self._channels[part.address]
+            self._drop(part)
             raise
+
+    def _receive(self, part: Part, call: Call) -> None:
+        """Wait for an answer, but not for a silent shard once others could give it."""
+        silence_end_s = min(time.monotonic() + self.config.silence_s, call.end_s)
+        while not part.done:
+            if part.refusal is not None:
+                raise DispatchRefused(part.refusal)
+            now_s = time.monotonic()
+            end_s = silence_end_s if now_s < silence_end_s else call.end_s
+            try:
+                self._accept(part.channel.receive(max(end_s - now_s, 0), self._choose_buffers))
+            except ChannelTimeout:
+                if end_s == call.end_s or self._route.has_others(
+                    call.layer, part.share.experts, {part.address, *self._down()}
+                ):
+                    self._drop(part)
+                    raise
+            except ChannelError:
+                self._drop(part)
+                raise
+
+    def _drop(self, part: Part) -> None:
+        """Close a channel that failed; other calls on it then find it closed and are sent anew too."""
+        self._down_until_s[part.address] = time.monotonic() + DOWN_S
+        part.channel.close()
+        if self._channels.get(part.address) is part.channel:
+            del self._channels[part.address]
+
+    def _down(self) -> set[str]:
+        """Shards that failed a moment ago."""
+        if not self._down_until_s:
+            return set()
+        now_s = time.monotonic()
+        self._down_until_s = {shard: end_s for shard, end_s in self._down_until_s.items() if end_s > now_s}
+        return set(self._down_until_s)
+
+    def _others_hold(self, call: Call) -> bool:
+        """Whether a call can do without the shards that failed a moment ago."""
+        route = self._route
+        return route is not None and route.has_others(
+            call.layer, call.expert_ids.unique().tolist(), self._down()
+        )
 
     def _choose_buffers(self, header: Header) -> list[memoryview] | None:
         part = self._part_of(header.body)
@@ -245,9 +250,8 @@ class RemoteExperts:
             self._channels.pop(address).close()
 
 
-def only_needed(hidden: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of `hidden` that `rows [slots]` name, and the rows among those; all where most are named."""
-    if len(rows) >= len(hidden):
-        return hidden.contiguous(), rows
-    needed, renamed = torch.unique(rows, return_inverse=True)
-    return hidden[needed], renamed.to(torch.int32)
+def only_needed(hidden: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
+    """The `tokens` of `hidden [tokens, hidden]`, contiguous; not copied where that is all of them."""
+    if len(tokens) == len(hidden):
+        return hidden.contiguous()
+    return hidden[torch.from_numpy(tokens)]

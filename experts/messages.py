@@ -17,26 +17,34 @@ class ShardAddress:
 
     name: str
     address: str
+    host: str = ""
+
+
+Homes = tuple[tuple[tuple[int, ...], ...], ...]
+"""By MoE layer and expert: the shards that hold a replica, as ascending indices."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which expert sits on which shard; a later table has a higher epoch.
+    """Which replicas of which expert sit on which shard; a later table has a higher epoch.
 
-    `homes[layer - first_layer][expert]` is an index into `shards`.
+    `homes[layer - first_layer][expert]` are indices into `shards`.
     """
 
     epoch: int
     first_layer: int
     shards: tuple[ShardAddress, ...]
-    homes: tuple[tuple[int, ...], ...]
+    homes: Homes
 
     def experts_of(self, name: str) -> list[tuple[int, int]]:
         """(layer, expert) pairs that the shard called `name` holds."""
         mine = {index for index, shard in enumerate(self.shards) if shard.name == name}
         layers = enumerate(self.homes, self.first_layer)
         return [
-            (layer, expert) for layer, homes in layers for expert, home in enumerate(homes) if home in mine
+            (layer, expert)
+            for layer, homes in layers
+            for expert, home in enumerate(homes)
+            if not mine.isdisjoint(home)
         ]
 
 

@@ -13,6 +13,6 @@ def even_placement(
         raise ValueError(
             f"{len(shards)} shards for {experts_count} experts: there must be 1 to {experts_count}"
         )
-    homes = tuple(expert * len(shards) // experts_count for expert in range(experts_count))
+    homes = tuple((expert * len(shards) // experts_count,) for expert in range(experts_count))
     ordered = tuple(sorted(shards, key=lambda shard: shard.name))
     return Placement(epoch, first_layer, ordered, (homes,) * layers_count)

@@ -1,7 +1,9 @@
 """One process that holds some experts and computes them for any node that asks."""
 
 import logging
+import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from kernels.transport.tensors import as_bytes, from_bytes
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.5
+AWAKE_S = 0.001
 
 
 @dataclass(slots=True)
@@ -147,9 +150,18 @@ class ExpertShard:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                self.step(IDLE_S)
+                self._step_awake()
             except Exception:
                 logger.exception("%s: a step failed; nodes will ask again", self.config.name)
+
+    def _step_awake(self) -> None:
+        """Wait for dispatches: awake just after one, since a core that slept computes slowly for a while."""
+        awake_end_s = time.monotonic() + AWAKE_S
+        while not self.step(0):
+            if time.monotonic() > awake_end_s:
+                self.step(IDLE_S)
+                return
+            os.sched_yield()  # to whoever has something to compute, where processes are more than cores
 
     def _on_frame(self, channel: StreamChannel, frame: Frame) -> None:
         if frame.kind != DISPATCH:
@@ -174,7 +186,7 @@ class ExpertShard:
         size = self._checkpoint.config.hidden_size
         hidden = from_bytes(hidden, self._dtype, (header.tokens_count, size))
         rows = from_bytes(rows, torch.int32, (header.slots_count,))
-        if int(rows.min()) < 0 or int(rows.max()) >= header.tokens_count:
+        if rows.numpy().min() < 0 or rows.numpy().max() >= header.tokens_count:
             raise ValueError("a slot names a token that was not sent")
         return hidden, rows
 

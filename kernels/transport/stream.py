@@ -1,5 +1,6 @@
 """Frames over a stream socket: `tcp://` between hosts, `unix://` and `memory://` within one."""
 
+import os
 import select
 import socket
 import threading
@@ -201,6 +202,8 @@ class StreamChannel:
             frame = self.receive_ready(choose_buffers)
             if frame is not None:
                 return frame
+            if awake:
+                os.sched_yield()  # to whoever is to answer, where processes are more than cores
 
     @property
     def has_pending(self) -> bool:

@@ -3,8 +3,10 @@
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,10 +199,8 @@ def test_several_nodes_at_once_get_their_own_bits(group_of, remote_with, local):
 
 def test_shards_get_only_the_tokens_they_need():
     hidden = torch.randn(10, 4)
-    some, rows = only_needed(hidden, torch.tensor([7, 2, 7], dtype=torch.int32))
-    assert torch.equal(some[rows], hidden[[7, 2, 7]]) and len(some) == 2 and rows.dtype == torch.int32
-    every, rows = only_needed(hidden, torch.arange(10, dtype=torch.int32).repeat(2))
-    assert every is hidden and len(rows) == 20
+    assert torch.equal(only_needed(hidden, np.array([2, 7])), hidden[[2, 7]])
+    assert only_needed(hidden, np.arange(10)) is hidden
 
 
 def test_a_shard_that_comes_back_elsewhere_is_found_there(group_of, shard_at, remote_with, local):
@@ -389,3 +389,66 @@ def test_after_a_failure_the_next_call_goes_through(scripted, remote_with):
     scripted.script = lambda channel, frame, _: scripted.answer(channel, frame)
     call = remote.dispatch(1, *drawn_tokens(2))
     assert torch.allclose(call.combine(), call.expert_weights.sum(1, keepdim=True).expand(2, 128))
+
+
+def replicated(shards: dict[str, str], epoch: int = 1) -> Placement:
+    """Every expert on every shard."""
+    even = placed(shards, epoch)
+    everywhere = tuple(range(len(shards)))
+    return replace(even, homes=tuple(tuple(everywhere for _ in homes) for homes in even.homes))
+
+
+def test_replicas_on_several_shards_change_no_bit(shard_at, remote_with, local):
+    shards = [shard_at(name, memory_address()) for name in "abc"]
+    placement = replicated({shard.config.name: shard.address for shard in shards})
+    for shard in shards:
+        shard.adopt(placement)
+        shard.start()
+    remote = remote_with(placement)
+    for tokens_count in (1, 2, 9, 64):
+        tokens = drawn_tokens(tokens_count)
+        assert torch.equal(remote.dispatch(2, *tokens).combine(), local.dispatch(2, *tokens).combine())
+    slots = [shard.report().slots_count for shard in shards]
+    assert max(slots) - min(slots) <= 4, "one batch after the other is shared evenly"
+
+
+def test_who_has_a_second_home_does_not_wait_for_a_dead_shard(shard_at, remote_with, local):
+    shards = {name: shard_at(name, memory_address()) for name in "ab"}
+    placement = replicated({name: shard.address for name, shard in shards.items()})
+    for shard in shards.values():
+        shard.adopt(placement)
+    shards["b"].start()
+    remote = remote_with(placement)
+    tokens = drawn_tokens(8)
+    call = remote.dispatch(1, *tokens)
+    begin_s = time.monotonic()
+    shards["a"].close()  # its part of the call is lost with it
+    assert torch.equal(call.combine(), local.dispatch(1, *tokens).combine())
+    assert torch.equal(remote.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
+    assert remote.retries_count == 1, "the shard that failed is passed over for a while"
+    assert time.monotonic() - begin_s < TIMEOUT_S / 2
+
+
+def test_who_has_a_second_home_does_not_wait_for_a_silent_shard(shard_at, scripted, local):
+    good = shard_at("b", memory_address())
+    placement = replicated({"a": scripted.address, "b": good.address})
+    good.adopt(placement)
+    good.start()
+    remote = RemoteExperts(DispatchConfig("node", SECRET, TIMEOUT_S, silence_s=SOON_S))
+    remote.adopt(placement)
+    tokens = drawn_tokens(8)
+    begin_s = time.monotonic()
+    assert torch.equal(remote.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
+    assert SOON_S <= time.monotonic() - begin_s < TIMEOUT_S / 2
+    remote.close()
+
+
+def test_a_silent_shard_without_a_second_home_is_waited_for(scripted):
+    remote = RemoteExperts(DispatchConfig("node", SECRET, TIMEOUT_S, silence_s=0.05))
+    remote.adopt(placed({"one": scripted.address}))
+    call = remote.dispatch(1, *drawn_tokens(2))
+    scripted.wait_for(1)
+    later(lambda: scripted.answer(*scripted.frames[0]))
+    call.combine()
+    assert remote.retries_count == 0
+    remote.close()
