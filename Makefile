@@ -43,17 +43,19 @@ clean:
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Trivium needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "set-up 1/3: a virtual environment in .venv"
+	@echo "set-up 1/4: a virtual environment in .venv"
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
-		echo "set-up 2/3: torch for the GPU comes with the rest"; \
-		echo "set-up 3/3: Trivium and what it needs (several minutes the first time)"; \
+		echo "set-up 2/4: torch for the GPU comes with the rest"; \
+		echo "set-up 3/4: Trivium and what it needs (several minutes the first time)"; \
 		$(PIP) install --editable '.[gpu,test]'; \
 	else \
-		echo "set-up 2/3: torch for CPUs (about 200 MB)"; \
+		echo "set-up 2/4: torch for CPUs (about 200 MB)"; \
 		$(PIP) install torch==2.13.0 && \
-		echo "set-up 3/3: Trivium and what it needs (about two minutes the first time)" && \
+		echo "set-up 3/4: Trivium and what it needs (about two minutes the first time)" && \
 		$(PIP) install --editable '.[test]'; \
 	fi
+	@echo "set-up 4/4: machine code for CPUs (about 15 seconds)"
+	@.venv/bin/python -c 'import decode.step, experts.client, prefill.step'
 	@touch $@
 	@echo "set-up done"

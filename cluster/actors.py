@@ -38,7 +38,8 @@ class NodeActor:
         self.loaded_share = 0.0
         self.node: PrefillNode | DecodeNode | None = None
         timeout_s = place.config.experts.dispatch_timeout_s
-        self.experts = RemoteExperts(DispatchConfig(self.name, place.secret, timeout_s))
+        config = DispatchConfig(self.name, place.secret, timeout_s, host=host_and_pid()["host"])
+        self.experts = RemoteExperts(config)
         self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
         self.heartbeat.start()
         await asyncio.to_thread(self._load, place)
@@ -172,6 +173,7 @@ class ShardActor:
         if view.placement is not None and view.placement.epoch > self.shard.epoch:
             await asyncio.to_thread(self.shard.adopt, view.placement, self._progress)
             self.loaded_share = 1.0
+        self.shard.forget(view.nodes_epoch)
 
     def _progress(self, done: int, total: int) -> None:
         self.loaded_share = done / total

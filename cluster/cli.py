@@ -1,30 +1,50 @@
-"""The command line: `trivium serve`, `generate`, `reference`, `status`, `config`.
+"""The command line: `trivium serve`, `generate`, `reference`, `status`, `experts`, `config`.
 
 Commands that need Ray or torch become a process of their own, so that the others answer at once.
 """
 
-import asyncio
 import json
 import os
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.cli_experts import experts_app
+from cluster.cli_options import (
+    ADDRESS,
+    Address,
+    Chat,
+    ConfigFile,
+    IgnoreEos,
+    Json,
+    Logprobs,
+    MaxTokens,
+    MinP,
+    ModelFolder,
+    Seed,
+    Stop,
+    Temperature,
+    Text,
+    Timeout,
+    TokenFile,
+    TokenIds,
+    TopK,
+    TopP,
+    console,
+    run,
+    told,
+)
 from cluster.client import Client, as_values
 from cluster.config import ClusterConfig, check_config, load_config
-from cluster.errors import InvalidConfig, InvalidRequest, TriviumError
-from cluster.requests import as_json, error_values, read_token_ids
+from cluster.errors import InvalidConfig, InvalidRequest
+from cluster.requests import as_json, read_token_ids
 from cluster.show import collect, status_table, stream_to_screen
 from cluster.token_file import read_token
 from cluster.validation import ChatMessage, RequestedGeneration, RequestedSampling
-
-ADDRESS = "127.0.0.1:50051"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,34 +55,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without starting anything.")
 app.add_typer(config_app, name="config")
-console = Console()
-
-ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG", help="YAML file, such as examples/local.yaml")
-]
-ModelFolder = Annotated[
-    Path | None, typer.Option("--model", help="folder of the checkpoint; overrides the file")
-]
-Text = Annotated[str | None, typer.Argument(metavar="TEXT", help="the prompt")]
-TokenIds = Annotated[str | None, typer.Option("--token-ids", help="the prompt as ids, such as 1,2,3")]
-Chat = Annotated[bool, typer.Option("--chat", help="send TEXT as a user's message through the chat template")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="tokens to generate at most")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy; without it 1")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="keep the k likeliest tokens")]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", help="keep the likeliest tokens up to this probability")
-]
-MinP = Annotated[float | None, typer.Option("--min-p", help="drop tokens below this share of the likeliest")]
-Seed = Annotated[int | None, typer.Option("--seed", help="draw the same tokens again")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be repeated")]
-Logprobs = Annotated[
-    int | None, typer.Option("--logprobs", help="report so many likely tokens each time (--json)")
-]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on past the end of text")]
-Address = Annotated[str, typer.Option("--address", help="host:port of a gateway", envvar="TRIVIUM_ADDRESS")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document instead of text")]
-TokenFile = Annotated[Path | None, typer.Option("--token-file", help="file with the bearer token")]
-Timeout = Annotated[float | None, typer.Option("--timeout-s", help="give up after so many seconds")]
+app.add_typer(experts_app, name="experts")
 
 
 @app.command(epilog="Example: trivium serve examples/local.yaml --decode 2")
@@ -175,24 +168,6 @@ def config_show(config: ConfigFile = None, json_output: Json = False) -> None:
             console.print(config_table(checked, of_a_file=config is not None))
 
 
-class told:
-    """Tells a TriviumError to people on stderr, to programs as JSON on stdout, and ends with status 1."""
-
-    def __init__(self, json_output: bool = False):
-        self._json_output = json_output
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, TriviumError):
-            if self._json_output:
-                print(json.dumps(error_values(error)))
-            told_to = Console(stderr=True)
-            told_to.print(f"[red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error
-
-
 def configured(config: Path | None, model: Path | None) -> ClusterConfig:
     """The file's configuration, or the defaults for a model folder; raises InvalidConfig."""
     if config is not None:
@@ -286,14 +261,6 @@ def config_table(config: ClusterConfig, of_a_file: bool) -> Table:
             value = "(no default)" if inner.is_required() and not of_a_file else str(getattr(section, key))
             table.add_row(f"{name}.{key}", escape(value), inner.description)
     return table
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end; Ctrl-C cancels the request and ends with 130."""
-    try:
-        asyncio.run(work)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def become(module: str, *arguments: str) -> None:

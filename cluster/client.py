@@ -1,11 +1,12 @@
 """A client of trivium.v1.Inference: requests as plain values in, events as plain values out."""
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -63,6 +64,7 @@ class Client:
         self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = trivium_pb2_grpc.InferenceStub(self._channel)
+        self._experts = trivium_pb2_grpc.ExpertsStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
@@ -92,6 +94,21 @@ class Client:
     async def get_cluster(self, timeout_s: float = 10.0) -> trivium_pb2.GetClusterResponse:
         """Which nodes and shards there are; raises TriviumError."""
         return await self._call(self._stub.GetCluster, trivium_pb2.GetClusterRequest(), timeout_s)
+
+    async def get_experts(self, timeout_s: float = 10.0) -> trivium_pb2.GetExpertsResponse:
+        """Where experts are and how loaded each shard is; raises TriviumError."""
+        return await self._call(self._experts.GetExperts, trivium_pb2.GetExpertsRequest(), timeout_s)
+
+    async def plan_experts(self, timeout_s: float = 30.0) -> trivium_pb2.ExpertsPlan:
+        """What a rebalance would do now; raises TriviumError."""
+        return await self._call(self._experts.PlanExperts, trivium_pb2.PlanExpertsRequest(), timeout_s)
+
+    async def move_experts(
+        self, layers: Sequence[trivium_pb2.LayerOfExperts], timeout_s: float = 30.0
+    ) -> trivium_pb2.ExpertsPlan:
+        """Move experts to the homes given; raises TriviumError."""
+        request = trivium_pb2.MoveExpertsRequest(layers=layers)
+        return await self._call(self._experts.MoveExperts, request, timeout_s)
 
     async def is_serving(self, timeout_s: float = 2.0) -> bool:
         """Whether a request would be served now, by the standard health call."""
@@ -170,6 +187,19 @@ def read_details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorIn
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)
     return info, None if retry is None else retry.retry_delay.ToTimedelta().total_seconds()
+
+
+def read_plan(text: str) -> trivium_pb2.ExpertsPlan:
+    """A plan from the JSON that `as_values` makes of it; raises InvalidRequest."""
+    try:
+        return ParseDict(json.loads(text), trivium_pb2.ExpertsPlan())
+    except (ValueError, ParseError) as error:
+        raise InvalidRequest(
+            reason="NO_PLAN",
+            message="this is not a plan of experts",
+            field="PLAN",
+            remedy="Write one: `trivium experts plan --output plan.json`.",
+        ) from error
 
 
 def as_values(message: Message) -> dict[str, Any]:

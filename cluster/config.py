@@ -132,6 +132,23 @@ class ExpertsSection(Section):
 
     shards_count: NodesCount = Field(2, description="shards over which the experts are spread")
     dispatch_timeout_s: Seconds = Field(30.0, description="how long a node waits for a shard's answer")
+    replicas_min: int = Field(
+        1, ge=1, le=16, description="homes of each expert; with 2, any one shard may die and none is missed"
+    )
+    spare_replicas: int = Field(
+        0, ge=0, le=4096, description="further replicas in each layer, for the experts with most tokens"
+    )
+    weights_bytes: Annotated[Bytes, Field(ge=2**10, le=2**44)] | None = Field(
+        None, description="memory for experts on each shard; empty: what the replicas take"
+    )
+    rebalance: bool = Field(True, description="whether experts move to where the load asks for them")
+    rebalance_slowness_max: float = Field(
+        1.15, ge=1.0, le=100.0, description="time of the fullest shards over the mean beyond which they do"
+    )
+    rebalance_pause_s: Seconds = Field(30.0, description="rest between one rebalance and the next")
+    rebalance_step_bytes: Annotated[Bytes, Field(ge=1, le=2**44)] = Field(
+        2**30, description="weights that may be loaded at a time, beside those in use"
+    )
 
 
 class TransportSection(Section):

@@ -1,21 +1,43 @@
 """The one actor that knows everybody; it holds nothing that members would not tell it again."""
 
+import asyncio
+import logging
+import sys
 import time
-from pathlib import Path
 
-from cluster.membership import Member, Membership, View, without_load
+from cluster.membership import Member, Membership, View
+from cluster.place import Place, expert_bytes, plan_config, rebalance_config
+from experts.errors import ExpertsMoving
+from experts.messages import Homes
+from experts.plan import Planner
+from experts.rebalance import Forecast
+from experts.report import ExpertsReport
 from kernels.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+PREPARE_TIMEOUT_S = 600.0
+COMPILE = "import os; os.nice(19); from experts.solve_placement import warm_up; warm_up()"
 
 
 class Coordinator:
     """Heartbeats in, views out; if it dies, the next heartbeats rebuild it."""
 
-    def __init__(self, model_folder: Path, shards_expected_count: int):
-        self._membership = Membership(ModelConfig.from_folder(model_folder), shards_expected_count)
+    async def __init__(self, place: Place):
+        model = ModelConfig.from_folder(place.config.model.folder)
+        self._planner = Planner.of_model(model, plan_config(model, place.config))
+        self._membership = Membership(
+            model,
+            place.config.experts.shards_count,
+            self._planner,
+            rebalance_config(place.config),
+            expert_bytes(model, place.config),
+        )
+        self._preparing = asyncio.create_task(self._prepare())
 
     async def heartbeat(self, member: Member) -> View:
         """Take a member's word and tell it what everybody has said."""
-        return self._membership.heartbeat(without_load(member), time.monotonic())
+        return self._membership.heartbeat(member, time.monotonic())
 
     async def leave(self, name: str) -> None:
         """A member has ended in good order."""
@@ -24,3 +46,30 @@ class Coordinator:
     async def view(self) -> View:
         """What the coordinator knows."""
         return self._membership.view(time.monotonic())
+
+    async def experts(self) -> ExpertsReport:
+        """How the experts are placed and loaded."""
+        return self._membership.experts.report(self._membership.problem)
+
+    async def forecast(self) -> Forecast | ExpertsMoving:
+        """What a rebalance would do now; what stands in its way is an answer too, not a failure."""
+        try:
+            return self._membership.experts.forecast()
+        except ExpertsMoving as error:
+            return error
+
+    async def move_to(self, homes: Homes) -> Forecast | ExpertsMoving | ValueError:
+        """Rebalance to given homes, or say why not."""
+        try:
+            return self._membership.experts.move_to(homes, time.monotonic())
+        except (ExpertsMoving, ValueError) as error:
+            return error
+
+    async def _prepare(self) -> None:
+        """Have the search of placements compiled by another process: here it would hold up all heartbeats."""
+        try:
+            compiler = await asyncio.create_subprocess_exec(sys.executable, "-c", COMPILE)
+            await asyncio.wait_for(compiler.wait(), PREPARE_TIMEOUT_S)
+            await asyncio.to_thread(self._planner.prepare)
+        except Exception:
+            logger.exception("placements stay even: the search for better ones could not be compiled")

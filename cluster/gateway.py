@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.desk import Desk
 from cluster.errors import InvalidConfig, Unauthenticated
+from cluster.gateway_experts import ExpertsService
 from cluster.gateway_service import InferenceService, ServedModel
 from cluster.gateway_status import ErrorInterceptor, abort
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
@@ -25,6 +26,7 @@ from kernels.model.config import ModelConfig
 logger = logging.getLogger(__name__)
 
 SERVICE = trivium_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+EXPERTS_SERVICE = trivium_pb2.DESCRIPTOR.services_by_name["Experts"].full_name
 MESSAGE_BYTES_PER_TOKEN = 16
 MESSAGE_BYTES_MIN = 1 << 20
 READ_BYTES_MAX = 128 << 20  # read whole and refused with a typed error; beyond it gRPC itself refuses
@@ -55,8 +57,9 @@ class GatewayActor:
         )
         self.server = make_server(limit, read_token(section.token_file, "gateway.token_file"))
         trivium_pb2_grpc.add_InferenceServicer_to_server(self.service, self.server)
+        trivium_pb2_grpc.add_ExpertsServicer_to_server(ExpertsService(coordinator), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, EXPERTS_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         self.port = bind(self.server, section.host, section.port)
         self.address = f"{section.host}:{self.port}"

@@ -6,9 +6,11 @@ import os
 import platform
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from cluster.membership import Member, View
+from experts.messages import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class Heartbeat:
     ):
         self.view = View()
         self.is_answered = False
+        self._placement: Placement | None = None
         self._coordinator = coordinator
         self._describe = describe
         self._on_view = on_view
@@ -46,10 +49,14 @@ class Heartbeat:
 
     async def announce(self) -> None:
         """Tell the coordinator how things are, now; what it answers is followed in its turn."""
-        answer = await self._answer(self._coordinator.heartbeat, self._describe())
+        member = self._describe()
+        if self.view.placement is None:  # the coordinator may have begun anew: tell it where things stand
+            member = replace(member, placement=self._placement)
+        answer = await self._answer(self._coordinator.heartbeat, member)
         self.is_answered = answer is not None
         if answer is not None:
             self.view = answer
+            self._placement = answer.placement_in_force or self._placement
             self._news.set()
 
     async def stop(self) -> None:

@@ -3,14 +3,19 @@
 from dataclasses import dataclass, replace
 
 from decode.messages import NodeReport
+from experts.errors import PlacementImpossible
+from experts.load import RecentLoad
 from experts.messages import Placement, ShardAddress, ShardReport
-from experts.placement import even_placement
+from experts.rebalance import Rebalance, RebalanceConfig, Solve
 from kernels.model.config import ModelConfig
 
 STARTING, READY, DRAINING = "starting", "ready", "draining"
 SILENT_S = 3.0
 LATE_S = 1.5  # a shard that missed two heartbeats may be dead: no new placement until that is known
 SETTLE_S = 1.0
+EPOCH_MAX = 1 << 62
+LOAD_HALF_LIFE_S = 60.0
+BURST_HALF_LIFE_S = 5.0
 FIRST_SETTLE_S = 30.0  # at the start fewer shards than expected are most likely late, and all experts large
 
 
@@ -27,6 +32,8 @@ class Member:
     requests_count: int = 0
     loaded_share: float = 1.0
     report: NodeReport | ShardReport | None = None
+    placement: Placement | None = None
+    """That it goes by, told to a coordinator which knows of none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class View:
     members: tuple[Member, ...] = ()
     placement: Placement | None = None
     placement_in_force: Placement | None = None
+    nodes_epoch: int = 0
+    """Epoch that every node goes by, or a later one: shards let go of what is older."""
 
     def of_kind(self, kind: str) -> tuple[Member, ...]:
         """Members of one kind, by name."""
@@ -71,21 +80,31 @@ class View:
 class Membership:
     """The members heard of lately; a placement follows the shards as soon as their number has settled."""
 
-    def __init__(self, model: ModelConfig, shards_expected_count: int):
+    def __init__(
+        self,
+        model: ModelConfig,
+        shards_expected_count: int,
+        solve: Solve,
+        rebalance: RebalanceConfig,
+        expert_bytes: int,
+    ):
+        layers_count, experts_count = len(model.moe_layers), model.routed_experts_count
+        load = RecentLoad(layers_count, experts_count, LOAD_HALF_LIFE_S, BURST_HALF_LIFE_S)
+        self.experts = Rebalance(rebalance, load, expert_bytes, solve)
         self._model = model
         self._shards_expected_count = shards_expected_count
         self._members: dict[str, Member] = {}
         self._heard_s: dict[str, float] = {}
-        no_experts = None if model.moe_layers else Placement(1, model.dense_layers_count, (), ())
-        self._placement: Placement | None = no_experts
-        self._in_force: Placement | None = no_experts
+        self.problem = ""
+        self._known_placement: Placement | None = None
         self._shards_changed_s = 0.0
         self._shard_names: tuple[str, ...] = ()
 
     def heartbeat(self, member: Member, now_s: float) -> View:
         """Take a member's word and tell it what everybody has said."""
         self._forget_predecessor(member)
-        self._members[member.name] = member
+        self._learn(member, now_s)
+        self._members[member.name] = replace(without_load(member), placement=None)
         self._heard_s[member.name] = now_s
         return self.view(now_s)
 
@@ -93,6 +112,7 @@ class Membership:
         """A member has ended in good order."""
         self._members.pop(name, None)
         self._heard_s.pop(name, None)
+        self.experts.load.leave(name)
 
     def view(self, now_s: float) -> View:
         """The members not silent for too long, and the placements."""
@@ -100,7 +120,10 @@ class Membership:
             self.leave(name)
         members = tuple(sorted(self._members.values(), key=lambda member: member.name))
         self._place(members, now_s)
-        return View(members, self._placement, self._in_force)
+        if not self._model.moe_layers:
+            no_experts = Placement(1, self._model.dense_layers_count, (), ())
+            return View(members, no_experts, no_experts)
+        return View(members, self.experts.placement, self.experts.in_force, nodes_epoch(members))
 
     def _forget_predecessor(self, member: Member) -> None:
         """Forget who had this member's address before it: only gateways share one."""
@@ -111,6 +134,14 @@ class Membership:
             if is_there and other.name != member.name:
                 self.leave(other.name)
 
+    def _learn(self, member: Member, now_s: float) -> None:
+        """Take a shard's load, and a placement that was in force before this coordinator began."""
+        if isinstance(member.report, ShardReport) and member.report.load:
+            self.experts.observe(member.name, member.report.load, now_s)
+        known = self._known_placement
+        if member.placement is not None and (known is None or member.placement.epoch > known.epoch):
+            self._known_placement = member.placement
+
     def _place(self, members: tuple[Member, ...], now_s: float) -> None:
         if not self._model.moe_layers:
             return
@@ -120,47 +151,47 @@ class Membership:
             self._shard_names, self._shards_changed_s = names, now_s
         seen_epoch = max(map(epoch_of, members), default=0)
         if shards and self._is_settled(shards, seen_epoch, now_s):
-            self._follow(shards, seen_epoch)
-        self._put_in_force(members)
+            try:
+                self._follow(shards, seen_epoch, now_s)
+                self.problem = ""
+            except PlacementImpossible as error:  # what is in force stays in force
+                self.problem = str(error)
+        epochs = {member.name: epoch_of(member) for member in members}
+        self.experts.advance(epochs, nodes_epoch(members), now_s)
 
     def _is_settled(self, shards: list[Member], seen_epoch: int, now_s: float) -> bool:
         if any(now_s - self._heard_s[shard.name] > LATE_S for shard in shards):
             return False
         unchanged_s = now_s - self._shards_changed_s
-        if self._placement is None and seen_epoch > 0:  # this coordinator is new, the cluster is not
+        if self.experts.placement is None and seen_epoch > 0:  # this coordinator is new, the cluster is not
             return unchanged_s >= SETTLE_S
         if len(shards) == self._shards_expected_count:
             return True
-        return unchanged_s >= (FIRST_SETTLE_S if self._placement is None else SETTLE_S)
+        return unchanged_s >= (FIRST_SETTLE_S if self.experts.placement is None else SETTLE_S)
 
-    def _follow(self, shards: list[Member], seen_epoch: int) -> None:
+    def _follow(self, shards: list[Member], seen_epoch: int, now_s: float) -> None:
         """Place the experts anew if the shards are others, or if somebody goes by a later placement."""
-        addresses = self._placed(shards)
-        epoch = self._placement.epoch if self._placement else 0
-        if self._placement is not None and self._placement.shards == addresses and seen_epoch <= epoch:
+        addresses, placement = self._placed(shards), self.experts.placement
+        if placement is not None and placement.shards == addresses and seen_epoch <= placement.epoch:
             return
-        model = self._model
-        self._placement = even_placement(
-            addresses,
-            model.dense_layers_count,
-            len(model.moe_layers),
-            model.routed_experts_count,
-            1 + max(epoch, seen_epoch),
-        )
+        if placement is None and self._known_placement is not None:
+            self.experts.begin(
+                self._known_placement, now_s
+            )  # a new coordinator goes on from where others are
+        if self.experts.placement is not None:
+            self.experts.go_on_with(addresses, seen_epoch, now_s)
+            return
+        homes = self.experts.solve(self.experts.load.shares(), addresses, None)
+        first_layer = self._model.dense_layers_count
+        self.experts.begin(Placement(1 + seen_epoch, first_layer, addresses, homes), now_s)
 
     def _placed(self, shards: list[Member]) -> tuple[ShardAddress, ...]:
         """Shards that get experts, by name; if there are too many, those that have some already."""
-        holding = {shard.name for shard in self._placement.shards} if self._placement else set()
+        placement = self.experts.placement
+        holding = {shard.name for shard in placement.shards} if placement else set()
         first = sorted(shards, key=lambda shard: (shard.name not in holding, shard.name))
         chosen = sorted(first[: self._model.routed_experts_count], key=lambda shard: shard.name)
-        return tuple(ShardAddress(shard.name, shard.address) for shard in chosen)
-
-    def _put_in_force(self, members: tuple[Member, ...]) -> None:
-        if self._placement is None or self._placement is self._in_force:
-            return
-        epochs = {member.name: epoch_of(member) for member in members}
-        if all(epochs.get(shard.name) == self._placement.epoch for shard in self._placement.shards):
-            self._in_force = self._placement
+        return tuple(ShardAddress(shard.name, shard.address, shard.host) for shard in chosen)
 
 
 def epoch_of(member: Member) -> int:
@@ -171,6 +202,16 @@ def epoch_of(member: Member) -> int:
         case NodeReport() as report:
             return report.experts_epoch
     return 0
+
+
+def nodes_epoch(members: tuple[Member, ...]) -> int:
+    """Epoch that every node goes by which goes by any; as late as can be where there is no such node."""
+    epochs = [
+        member.report.experts_epoch
+        for member in members
+        if isinstance(member.report, NodeReport) and member.report.experts_epoch > 0
+    ]
+    return min(epochs, default=EPOCH_MAX)
 
 
 def without_load(member: Member) -> Member:

@@ -1,8 +1,11 @@
 """What every actor of a cluster is told when it starts."""
 
+import math
 from dataclasses import dataclass, field
 
 from cluster.config import ClusterConfig
+from experts.config import PlanConfig
+from experts.rebalance import RebalanceConfig
 from kernels.model.config import ModelConfig
 from kernels.model.pages import PAGE_TOKENS
 
@@ -22,6 +25,31 @@ class Place:
         if self.config.transport.scheme == "unix":
             return f"unix://{self.sockets_folder}/{name}.sock"
         return f"tcp://{self.config.transport.host}:0"
+
+
+def plan_config(model: ModelConfig, config: ClusterConfig) -> PlanConfig:
+    """How many replicas experts have, in the memory that a shard has for them."""
+    section = config.experts
+    slots_max = model.routed_experts_count
+    if section.weights_bytes is not None and model.moe_layers:
+        slots_max = section.weights_bytes // (len(model.moe_layers) * expert_bytes(model, config))
+    return PlanConfig(section.replicas_min, section.spare_replicas, max(slots_max, 1))
+
+
+def rebalance_config(config: ClusterConfig) -> RebalanceConfig:
+    """When experts move."""
+    section = config.experts
+    return RebalanceConfig(
+        slowness_max=section.rebalance_slowness_max if section.rebalance else math.inf,
+        pause_s=section.rebalance_pause_s,
+        step_bytes_max=section.rebalance_step_bytes,
+    )
+
+
+def expert_bytes(model: ModelConfig, config: ClusterConfig) -> int:
+    """Memory of one expert of one layer."""
+    numbers_count = 3 * model.hidden_size * model.moe_intermediate_size
+    return numbers_count * ITEM_BYTES[config.model.compute_dtype]
 
 
 def context_tokens_max(model: ModelConfig, config: ClusterConfig) -> int:

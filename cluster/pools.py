@@ -86,7 +86,7 @@ def deploy(place: Place) -> None:
 def application(place: Place) -> serve.Application:
     """The gateway with everything behind it, as one Serve application."""
     config = place.config
-    coordinator = pool(Coordinator, "coordinator", 1).bind(config.model.folder, config.experts.shards_count)
+    coordinator = pool(Coordinator, "coordinator", 1).bind(place)
     nodes = [
         pool(PrefillActor, "prefill", config.prefill.count).bind(place, coordinator),
         pool(DecodeActor, "decode", config.decode.count).bind(place, coordinator),

@@ -16,6 +16,7 @@ from experts.placement_steps import lighten
 NEAR = 1.001  # a fresh placement within this factor of its bound is not searched further
 KICKS_MAX = 128  # tried in vain before what is in force is given up
 ROUNDS_MAX = 1000  # a net, as above
+NO_CHANGES = np.zeros((0, 2), np.int64)
 
 
 def fresh_homes(
@@ -64,17 +65,20 @@ def search(tokens, anchor, rooms, least, enough, tries_max):
         counts = count_replicas(tokens[index], least, rooms.slots.sum(), len(rooms.slots))
         layer = packed_layer(tokens[index], anchor[index], counts, rooms, least)
         layer = lighten_by_kicks(layer, rooms, least, enough[index], tries_max, tries_max)
-        changes, next_change = count_changes(layer, least), 0
+        changes, next_change = NO_CHANGES, EMPTY
         for _ in range(tries_max):
-            if layer.time.max() <= enough[index] or next_change == len(changes):
+            if layer.time.max() <= enough[index]:
+                break
+            if next_change == EMPTY:
+                changes, next_change = count_changes(layer, least), 0
+            if next_change == len(changes):
                 break
             counts = changed_counts(layer.replicas, changes[next_change])
             other = packed_layer(tokens[index], anchor[index], counts, rooms, least)
             lighten(other, rooms, least, enough[index])
             next_change += 1
             if other.time.max() < layer.time.max() * STRICTLY and crowding(other) <= crowding(layer):
-                layer = other
-                changes, next_change = count_changes(layer, least), 0
+                layer, next_change = other, EMPTY
         homes[index], time[index] = layer.held, layer.time.max()
     return homes, time
 

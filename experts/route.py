@@ -1,8 +1,8 @@
 """Which shard computes which slot of a dispatch: from a placement, by a rule that both ends can compute.
 
 Experts with one home leave no choice. The slots of the others go, one after the other, to whichever of their
-homes has fewest slots of this dispatch so far: so load is even inside a batch, not only on average. Ties go to
-a home on the node's own host, then to the next in turn after the call's number.
+homes has fewest slots of this dispatch so far: so load is even inside a batch, not only on average. Ties go
+to a home on the node's own host, then to the next in turn after the call's number.
 """
 
 from collections.abc import Collection, Iterator

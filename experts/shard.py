@@ -43,7 +43,7 @@ class Dispatch:
 
 @dataclass(slots=True)
 class Holding:
-    """The experts of the newest placement, and those of earlier ones until a node goes by the newest.
+    """The experts of the newest placement, and those of earlier ones until every node goes by the newest.
 
     Nodes do that only when every shard has loaded its part, and until then the earlier placement must work.
     """
@@ -56,8 +56,6 @@ class Holding:
         """Weights of the experts that a dispatch names; raises DispatchRefused."""
         if header.epoch > self.epoch:
             raise DispatchRefused(f"epoch {header.epoch} is not here yet, {self.epoch} is")
-        if header.epoch == self.epoch and self.leaving:
-            self.leaving = {}
         keys = [(header.layer, expert) for expert in header.expert_ids]
         found = [self.experts.get(key) or self.leaving.get(key) for key in keys]
         if None in found:
@@ -109,6 +107,12 @@ class ExpertShard:
         held |= load_experts(self._checkpoint, missing, self._dtype, on_progress)
         experts = {expert: held.pop(expert) for expert in wanted}
         self._holding = Holding(placement.epoch, experts, leaving=held)
+
+    def forget(self, epoch: int) -> None:
+        """Let go of what only placements before `epoch` gave this shard: every node goes by that one."""
+        holding = self._holding
+        if epoch >= holding.epoch and holding.leaving:
+            self._holding = Holding(holding.epoch, holding.experts)
 
     def start(self) -> None:
         """Serve in a thread of its own until closed."""

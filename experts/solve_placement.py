@@ -182,7 +182,7 @@ def _plan_of(
 ) -> Plan:
     """Homes as tuples; every figure counted anew from them."""
     layers_count, experts_count, shards_count = held.shape
-    row, shard = np.nonzero(held.reshape(-1, shards_count))  # row: layer and expert
+    row, shard = np.divmod(np.flatnonzero(held), shards_count)  # row: layer and expert
     layer = row // experts_count
     replicas = np.bincount(row, minlength=units.size)
     time = np.bincount(
@@ -198,7 +198,7 @@ def _plan_of(
     hosts = on_host.sum(axis=1)
     groups = on_host.reshape(layers_count, groups_count, -1, rooms.hosts_count)
     return Plan(
-        homes=_tuples_of(tuple(shard.tolist()), replicas, experts_count),
+        homes=_tuples_of(shard, replicas, experts_count),
         times=tuple(time.reshape(layers_count, -1).max(axis=1).tolist()),
         time_bounds=tuple(bounds.tolist()),
         moves_counts=tuple(np.bincount(layer, weights=is_new).astype(int).tolist()),
@@ -210,8 +210,11 @@ def _plan_of(
     )
 
 
-def _tuples_of(shards: tuple[int, ...], replicas: np.ndarray, experts_count: int) -> Homes:
-    """Shards, expert after expert and layer after layer, cut into tuples."""
-    ends = np.cumsum(replicas).tolist()
-    rows = [shards[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+def _tuples_of(shard: np.ndarray, replicas: np.ndarray, experts_count: int) -> Homes:
+    """Shards, expert after expert and layer after layer, cut into tuples; most have one, and share it."""
+    alone = [(index,) for index in range(shard.max() + 1)]
+    ends = np.cumsum(replicas)
+    rows = [alone[index] for index in shard[ends - 1].tolist()]
+    for row in np.flatnonzero(replicas > 1).tolist():
+        rows[row] = tuple(shard[ends[row] - replicas[row] : ends[row]].tolist())
     return tuple(tuple(rows[begin : begin + experts_count]) for begin in range(0, len(rows), experts_count))

@@ -25,7 +25,7 @@ DOORS = {
     "jinja2": ("cluster/tokenizer.py",),
     "yaml": ("cluster/config.py",),
     "triton": ("kernels/ops/*",),
-    "numba": ("kernels/ops/compiled.py", "experts/compiled.py"),
+    "numba": ("kernels/ops/compiled.py",),
     "cupy": ("kernels/transport/nccl.py",),
     "safetensors": ("kernels/model/checkpoint.py",),
     "socket": ("kernels/transport/*",),

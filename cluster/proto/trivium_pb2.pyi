@@ -283,3 +283,87 @@ class Shard(_message.Message):
     dispatches_count: int
     tokens_count: int
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., experts_count: _Optional[int] = ..., dispatches_count: _Optional[int] = ..., tokens_count: _Optional[int] = ...) -> None: ...
+
+class GetExpertsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetExpertsResponse(_message.Message):
+    __slots__ = ("placement_epoch", "shards", "layers", "balance", "is_moving", "is_stalled", "rebalances_count", "rollbacks_count", "stalls_count", "problem")
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_FIELD_NUMBER: _ClassVar[int]
+    IS_MOVING_FIELD_NUMBER: _ClassVar[int]
+    IS_STALLED_FIELD_NUMBER: _ClassVar[int]
+    REBALANCES_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACKS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STALLS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    placement_epoch: int
+    shards: _containers.RepeatedScalarFieldContainer[str]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerOfExperts]
+    balance: Balance
+    is_moving: bool
+    is_stalled: bool
+    rebalances_count: int
+    rollbacks_count: int
+    stalls_count: int
+    problem: str
+    def __init__(self, placement_epoch: _Optional[int] = ..., shards: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ..., balance: _Optional[_Union[Balance, _Mapping]] = ..., is_moving: _Optional[bool] = ..., is_stalled: _Optional[bool] = ..., rebalances_count: _Optional[int] = ..., rollbacks_count: _Optional[int] = ..., stalls_count: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class LayerOfExperts(_message.Message):
+    __slots__ = ("layer", "shard_shares", "expert_shares", "homes")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SHARD_SHARES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SHARES_FIELD_NUMBER: _ClassVar[int]
+    HOMES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    shard_shares: _containers.RepeatedScalarFieldContainer[float]
+    expert_shares: _containers.RepeatedScalarFieldContainer[float]
+    homes: _containers.RepeatedCompositeFieldContainer[Homes]
+    def __init__(self, layer: _Optional[int] = ..., shard_shares: _Optional[_Iterable[float]] = ..., expert_shares: _Optional[_Iterable[float]] = ..., homes: _Optional[_Iterable[_Union[Homes, _Mapping]]] = ...) -> None: ...
+
+class Homes(_message.Message):
+    __slots__ = ("shards",)
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    shards: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, shards: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Balance(_message.Message):
+    __slots__ = ("mean_over_max", "means_over_maxes", "excess")
+    MEAN_OVER_MAX_FIELD_NUMBER: _ClassVar[int]
+    MEANS_OVER_MAXES_FIELD_NUMBER: _ClassVar[int]
+    EXCESS_FIELD_NUMBER: _ClassVar[int]
+    mean_over_max: float
+    means_over_maxes: float
+    excess: float
+    def __init__(self, mean_over_max: _Optional[float] = ..., means_over_maxes: _Optional[float] = ..., excess: _Optional[float] = ...) -> None: ...
+
+class PlanExpertsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MoveExpertsRequest(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerOfExperts]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ...) -> None: ...
+
+class ExpertsPlan(_message.Message):
+    __slots__ = ("layers", "slowness_before", "slowness_after", "moves_count", "bytes_count", "steps_count", "time_s")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    MOVES_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerOfExperts]
+    slowness_before: float
+    slowness_after: float
+    moves_count: int
+    bytes_count: int
+    steps_count: int
+    time_s: float
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ..., slowness_before: _Optional[float] = ..., slowness_after: _Optional[float] = ..., moves_count: _Optional[int] = ..., bytes_count: _Optional[int] = ..., steps_count: _Optional[int] = ..., time_s: _Optional[float] = ...) -> None: ...

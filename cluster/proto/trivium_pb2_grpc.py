@@ -187,3 +187,167 @@ class Inference:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ExpertsStub:
+    """The experts of the model, as operators see and move them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetExperts = channel.unary_unary(
+                '/trivium.v1.Experts/GetExperts',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.GetExpertsRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.GetExpertsResponse.FromString,
+                _registered_method=True)
+        self.PlanExperts = channel.unary_unary(
+                '/trivium.v1.Experts/PlanExperts',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.PlanExpertsRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.ExpertsPlan.FromString,
+                _registered_method=True)
+        self.MoveExperts = channel.unary_unary(
+                '/trivium.v1.Experts/MoveExperts',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.MoveExpertsRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.ExpertsPlan.FromString,
+                _registered_method=True)
+
+
+class ExpertsServicer:
+    """The experts of the model, as operators see and move them.
+    """
+
+    def GetExperts(self, request, context):
+        """Says where experts are and how loaded each shard is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanExperts(self, request, context):
+        """Says what a rebalance would do now; nothing moves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveExperts(self, request, context):
+        """Moves experts to the homes given, step by step, while requests run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ExpertsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExperts,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.GetExpertsRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.GetExpertsResponse.SerializeToString,
+            ),
+            'PlanExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanExperts,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.PlanExpertsRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.ExpertsPlan.SerializeToString,
+            ),
+            'MoveExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveExperts,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.MoveExpertsRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.ExpertsPlan.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'trivium.v1.Experts', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('trivium.v1.Experts', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Experts:
+    """The experts of the model, as operators see and move them.
+    """
+
+    @staticmethod
+    def GetExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Experts/GetExperts',
+            cluster_dot_proto_dot_trivium__pb2.GetExpertsRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.GetExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Experts/PlanExperts',
+            cluster_dot_proto_dot_trivium__pb2.PlanExpertsRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.ExpertsPlan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Experts/MoveExperts',
+            cluster_dot_proto_dot_trivium__pb2.MoveExpertsRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.ExpertsPlan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,28 +1,43 @@
 """Loops that a CPU runs as machine code, where torch would need many small calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import torch
-from numba import njit
+from numba import config, njit
+
+AS_WRITTEN: Set[str] = frozenset()
+ONE_ROUNDING = frozenset({"contract"})  # a product and the sum it goes into
+ANY_ORDER = ONE_ROUNDING | {"reassoc", "nsz"}  # sums fill whole registers: same order for the same length
 
 
 def compiled(signature: str | None = None, any_order: bool = False) -> Callable[[Callable], Callable]:
-    """Compile a function of arrays: at import for its signature, or into the functions that call it.
+    """Compile a function of arrays: at import for its signature, or into the functions that call it."""
+    freedoms = ANY_ORDER if any_order else ONE_ROUNDING
+    return lambda function: machine_code(function, signature, freedoms, [Path(__file__)])
 
-    A product and the sum it goes into are rounded once. With `any_order`, sums fill whole registers: the same
-    order for the same length, but not the written one. The machine code is kept on disk where there is a
-    place for it, so that later processes start at once.
+
+def machine_code(
+    function: Callable, signature: str | None, freedoms: Set[str], sources: Iterable[Path]
+) -> Callable:
+    """Compile a function, or read what an earlier process has compiled, where there is a place to keep it.
+
+    `sources` are the other files whose functions it calls: Numba would not notice a change in them, so the
+    place is named after their contents.
     """
-    freedoms = {"contract", "reassoc", "nsz"} if any_order else {"contract"}
-
-    def compile_function(function: Callable) -> Callable:
-        try:
-            return njit(signature, fastmath=freedoms, error_model="numpy", nogil=True, cache=True)(function)
-        except RuntimeError:  # neither the folder of this code nor the user's may be written
-            return njit(signature, fastmath=freedoms, error_model="numpy", nogil=True)(function)
-
-    return compile_function
+    options = {"fastmath": set(freedoms), "error_model": "numpy", "nogil": True}
+    digest = sha256(b"".join(source.read_bytes() for source in sorted(sources))).hexdigest()[:16]
+    before = config.CACHE_DIR
+    cache = Path(before) if before else Path(function.__code__.co_filename).parent / "__pycache__"
+    config.CACHE_DIR = str(cache / f"compiled-{digest}")
+    try:
+        return njit(signature, cache=True, **options)(function)
+    except RuntimeError:  # nothing may be written there
+        return njit(signature, **options)(function)
+    finally:
+        config.CACHE_DIR = before
 
 
 def runs_compiled(tensor: torch.Tensor) -> bool:

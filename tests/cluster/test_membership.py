@@ -6,7 +6,10 @@ import pytest
 
 from cluster.membership import DRAINING, STARTING, Member, Membership, View, without_load
 from decode.messages import NodeReport
+from experts.config import PlanConfig
 from experts.messages import Placement, ShardReport
+from experts.plan import Planner
+from experts.rebalance import RebalanceConfig
 from kernels.model.config import ModelConfig
 
 BEAT_S = 0.5
@@ -16,7 +19,7 @@ FOLDER = "examples/trivium-small"
 def shard(name: str, epoch: int = 0, **values) -> Member:
     """A shard as it describes itself."""
     address = values.pop("address", f"unix:///{name}")
-    report = ShardReport(name, address, epoch, 0, 0, 0, 0, load=((1, 2),))
+    report = ShardReport(name, address, epoch, 0, 0, 0, 0, load=())
     return Member(name, "experts", address, report=report, **values)
 
 
@@ -33,9 +36,14 @@ class Town:
     def __init__(self, expected_count: int = 2, folder_config: ModelConfig | None = None):
         self.config = folder_config or ModelConfig.from_folder(FOLDER)
         self.expected_count = expected_count
-        self.membership = Membership(self.config, expected_count)
+        self.planner = Planner.of_model(self.config, PlanConfig())
+        self.membership = self.coordinator()
         self.members: dict[str, Member] = {}
         self.now_s = 0.0
+
+    def coordinator(self) -> Membership:
+        """A new one, which knows nobody."""
+        return Membership(self.config, self.expected_count, self.planner, RebalanceConfig(), expert_bytes=1)
 
     def add(self, *members: Member) -> None:
         """Members that beat from now on."""
@@ -113,7 +121,7 @@ def test_a_dead_shard_is_replaced_without_a_placement_between(town):
     placements = [town.turn().placement for _ in range(8)]
     assert names(placements[-1]) == ["b", "c"]
     assert {tuple(names(placement)) for placement in placements} == {("a", "b"), ("b", "c")}
-    assert placements[-1].epoch == 2
+    assert placements[-1].epoch == 3, "first homes for the homeless, then balance"
 
 
 def test_a_shard_that_was_only_late_changes_nothing(town):
@@ -147,13 +155,29 @@ def test_more_shards_than_experts_are_left_idle(town):
 
 def test_a_new_coordinator_goes_on_after_the_last_epoch(town):
     town.add(shard("c"))
-    town.turn(6)
+    town.turn(12)
     before = town.turn().placement_in_force
-    town.membership = Membership(town.config, town.expected_count)
+    town.membership = town.coordinator()
     assert town.membership.heartbeat(town.members["a"], town.now_s).placement is None
     view = town.turn(6)
     assert view.placement_in_force.epoch == before.epoch + 1
     assert view.placement_in_force.homes == before.homes, "the same shards hold the same experts"
+
+
+def test_a_new_coordinator_is_told_where_experts_are(town):
+    """They had moved by load, of which it knows nothing."""
+    before = town.turn().placement_in_force
+    moved = replace(before, epoch=9, homes=tuple(layer[::-1] for layer in before.homes))
+    for name, member in town.members.items():
+        if name in "ab":
+            town.members[name] = replace(member, report=replace(member.report, epoch=9))
+        else:
+            told = replace(member.report, experts_epoch=9)
+            town.members[name] = replace(member, report=told, placement=moved)
+    town.membership = town.coordinator()
+    town.planner.is_ready = True
+    view = town.turn(8)
+    assert view.placement_in_force.epoch == 10 and view.placement_in_force.homes == moved.homes
 
 
 def test_a_new_coordinator_and_new_shards_do_not_fall_behind_the_nodes(town):
@@ -161,7 +185,7 @@ def test_a_new_coordinator_and_new_shards_do_not_fall_behind_the_nodes(town):
     town.turn(6)
     epoch = town.turn().placement_in_force.epoch
     nodes = {name: town.members[name] for name in ("p", "d")}
-    town.membership = Membership(town.config, town.expected_count)
+    town.membership = town.coordinator()
     town.members = {}
     town.add(shard("e"), shard("f"))
     town.turn(2)
@@ -228,5 +252,7 @@ def test_a_model_without_experts_needs_no_shards():
 
 
 def test_load_tables_stay_with_the_coordinator():
-    assert without_load(shard("a")).report.load == ()
+    loaded = shard("a")
+    loaded = replace(loaded, report=replace(loaded.report, load=((1, 2),)))
+    assert without_load(loaded).report.load == ()
     assert without_load(node("p", "prefill")).report == node("p", "prefill").report

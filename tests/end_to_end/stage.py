@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ray
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
+
 from cluster import pools
 from cluster.client import Admitted, Client, Delta, Finished
 from cluster.config import ClusterConfig, check_config
@@ -46,6 +50,12 @@ class Stage:
             pools.undeploy()
             self._sockets.cleanup()
             self._config = None
+
+    @staticmethod
+    def scale(pool: str, count: int) -> None:
+        """Ask for another number of a pool's actors, as the Ray dashboard's server does."""
+        controller = _get_global_client()._controller
+        ray.get(controller.update_deployment_replicas.remote(DeploymentID(pool, pools.APPLICATION), count))
 
     def _ready_view(self, config: ClusterConfig) -> View:
         end_s = time.monotonic() + READY_S

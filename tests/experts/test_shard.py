@@ -242,7 +242,7 @@ def test_a_node_that_did_not_wait_harms_nobody(shard, node, other, local):
     assert torch.equal(other.hear(12), outputs_of(local, 1, hidden, ids))
 
 
-def test_the_earlier_placement_works_until_a_node_goes_by_the_newer(shard, node, local):
+def test_the_earlier_placement_works_until_every_node_goes_by_the_newer(shard, node, local):
     hidden, ids, _ = drawn_tokens(3)
     shard.adopt(placed({"one": shard.address, "two": "memory://elsewhere"}, epoch=2))
     assert shard.epoch == 2 and shard.report().experts_count == EXPERTS
@@ -252,8 +252,13 @@ def test_the_earlier_placement_works_until_a_node_goes_by_the_newer(shard, node,
     node.say(2, hidden, ids % 8, epoch=2)
     step_until(shard, 1)
     assert torch.equal(node.hear(12), outputs_of(local, 1, hidden, ids % 8))
+    shard.forget(epoch=1)
     node.say(3, hidden, ids % 8 + 8, epoch=1)
-    assert "is not on this shard" in node.hear(), "they are gone once a node goes by the newer placement"
+    step_until(shard, 1)
+    assert torch.equal(node.hear(12), outputs_of(local, 1, hidden, ids % 8 + 8)), "another node is behind"
+    shard.forget(epoch=2)
+    node.say(4, hidden, ids % 8 + 8, epoch=1)
+    assert "is not on this shard" in node.hear()
 
 
 def test_placements_that_nobody_went_by_do_not_drop_those_in_use(shard, node, local):

@@ -1,0 +1,326 @@
+"""From one placement of experts to the next, while requests run: a state machine, time is an argument.
+
+A placement is given out to the shards, which load what is new to them; once all have, it is in force and
+nodes go by it; once all nodes do, shards let go of what is old. A way between two placements is a sequence of
+such steps, each of which loads few bytes and leaves every expert with a home.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from experts.balance import balance_of, shard_loads
+from experts.errors import ExpertsMoving
+from experts.load import RecentLoad
+from experts.messages import Homes, Placement, ShardAddress
+from experts.report import ExpertsReport
+
+SLOTS_MIN = 1000  # of load, before anything is concluded from it
+Solve = Callable[[np.ndarray, tuple[ShardAddress, ...], Homes], Homes]
+"""(load [layers, experts], shards, homes in force, which may be none for an expert) to new homes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceConfig:
+    """When experts move: `slowness` is the time of all layers over that of shards evenly loaded."""
+
+    slowness_max: float = 1.15
+    gain_min: float = 0.05
+    pause_s: float = 30.0
+    step_bytes_max: int = 1 << 30
+    stall_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a rebalance would do: moves are replicas to load."""
+
+    homes: Homes
+    slowness_before: float
+    slowness_after: float
+    moves_count: int
+    bytes_count: int
+    steps_count: int
+    time_s: float | None
+    """By how long earlier moves took; None before the first."""
+
+    @property
+    def gain(self) -> float:
+        """Share by which all layers become faster."""
+        return self.slowness_before / self.slowness_after - 1
+
+
+@dataclass(slots=True)
+class Trial:
+    """A rebalance whose promise is not yet proved."""
+
+    before: Homes
+    forecast: Forecast
+    begin_s: float
+    slots_before: np.ndarray | None = None
+    """`[layers, shards]` computed when it came into force; None until then."""
+
+
+class Rebalance:
+    """The placement that shards are to load, the one in force, and the steps that are still to come."""
+
+    def __init__(self, config: RebalanceConfig, load: RecentLoad, expert_bytes: int, solve: Solve):
+        self.config = config
+        self.load = load
+        self.solve = solve
+        self.placement: Placement | None = None
+        self.in_force: Placement | None = None
+        self.is_stalled = False
+        self.rebalances_count = 0
+        self.rollbacks_count = 0
+        self.stalls_count = 0
+        self._expert_bytes = expert_bytes
+        self._steps: deque[Homes] = deque()
+        self._given_out_s = 0.0
+        self._rest_until_s = 0.0
+        self._trial: Trial | None = None
+        self._slots: dict[str, np.ndarray] = {}
+        self._bytes_per_s: float | None = None
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether experts are on their way."""
+        return bool(self._steps) or self.placement is not self.in_force
+
+    def observe(self, shard: str, totals: tuple[tuple[int, ...], ...], now_s: float) -> None:
+        """Take the load that a shard reports, in slots since it began."""
+        self.load.observe(shard, totals, now_s)
+        self._slots[shard] = np.asarray(totals, dtype=np.int64).sum(axis=1)
+
+    def begin(self, placement: Placement, now_s: float) -> None:
+        """Give out a first placement, or one that owes nothing to what was before."""
+        self._steps.clear()
+        self._trial = None
+        self._give_out(placement, now_s)
+
+    def go_on_with(self, shards: tuple[ShardAddress, ...], seen_epoch: int, now_s: float) -> None:
+        """Shards came or went: re-home at once what has no home left, then go for balance step by step."""
+        if self.placement is None:
+            raise ValueError("there is no placement to go on from: begin with one")
+        self._trial = None
+        kept = homes_among(self.placement, shards)
+        target = self.solve(self.load.shares(), shards, kept)
+        base = with_homes(kept, target)
+        self._steps = deque(steps_between(base, target, self._expert_bytes, self.config.step_bytes_max))
+        epoch = 1 + max(self.placement.epoch, seen_epoch)
+        self._give_out(Placement(epoch, self.placement.first_layer, shards, base), now_s)
+
+    def forecast(self) -> Forecast:
+        """What a rebalance would do now, worth it or not; raises ExpertsMoving before it can be told."""
+        self._check_still()
+        homes = self.solve(self.load.shares(), self.in_force.shards, self.in_force.homes)
+        return self._forecast(homes)
+
+    def move_to(self, homes: Homes, now_s: float) -> Forecast:
+        """Rebalance now to given homes; raises ExpertsMoving, or ValueError for homes that do not fit."""
+        self._check_still()
+        check_homes(homes, self.in_force)
+        forecast = self._forecast(homes)
+        self._start(forecast, now_s)
+        return forecast
+
+    def report(self, problem: str = "") -> ExpertsReport:
+        """Numbers about the experts in force."""
+        placement, load = self.in_force, self.load.shares()
+        homes, shards_count = (placement.homes, len(placement.shards)) if placement else ((), 0)
+        loads = shard_loads(load, homes, shards_count)
+        return ExpertsReport(
+            placement,
+            tuple(map(tuple, loads.tolist())),
+            tuple(map(tuple, load.tolist())),
+            balance_of(loads),
+            self.is_moving,
+            self.is_stalled,
+            self.rebalances_count,
+            self.rollbacks_count,
+            self.stalls_count,
+            problem,
+        )
+
+    def advance(self, epochs: Mapping[str, int], nodes_epoch: int, now_s: float) -> None:
+        """Go on as far as shards (by name) and nodes have come: `nodes_epoch` is that of the last of them."""
+        if self.placement is None:
+            return
+        if self.placement is not self.in_force:
+            if all(epochs.get(shard.name) == self.placement.epoch for shard in self.placement.shards):
+                self._arrive(now_s)
+            elif now_s - self._given_out_s > self.config.stall_s:
+                self._give_up(now_s)
+        elif nodes_epoch >= self.placement.epoch:
+            if self._steps:
+                self._give_out(self._next(self._steps.popleft()), now_s)
+            elif now_s >= self._rest_until_s:
+                self._consider(now_s)
+
+    def _check_still(self) -> None:
+        if self.in_force is None or self.is_moving:
+            raise ExpertsMoving("experts are on their way; ask again once they have arrived")
+
+    def _arrive(self, now_s: float) -> None:
+        self.in_force, self.is_stalled = self.placement, False
+        if not self._steps and self._trial is not None:
+            self._trial.slots_before = self._computed()
+            loading_s = max(now_s - self._trial.begin_s, 1e-3)
+            self._bytes_per_s = max(self._trial.forecast.bytes_count, 1) / loading_s
+            self._rest_until_s = now_s + self.config.pause_s
+
+    def _give_up(self, now_s: float) -> None:
+        """Some shard does not load: raise the alarm, and go back to what works where that is possible."""
+        self.stalls_count += 1
+        self.is_stalled = True
+        self._steps.clear()
+        self._trial = None
+        self._given_out_s = now_s
+        self._rest_until_s = now_s + self.config.pause_s
+        back = self.in_force
+        if back is not None and back.shards == self.placement.shards and back.homes != self.placement.homes:
+            self._give_out(self._next(back.homes), now_s)
+
+    def _consider(self, now_s: float) -> None:
+        """Judge the last rebalance, then see whether another is worth it."""
+        self._rest_until_s = now_s + self.config.pause_s
+        if self._trial is not None:
+            if not self._is_proved(self._trial):
+                return
+            self._trial = None
+        if (
+            self.load.slots_count < SLOTS_MIN
+            or self._slowness(self.in_force.homes) <= self.config.slowness_max
+        ):
+            return
+        forecast = self.forecast()
+        if forecast.gain >= self.config.gain_min:
+            self._start(forecast, now_s)
+
+    def _is_proved(self, trial: Trial) -> bool:
+        """Whether half of the promised gain was measured; False, and back to before, where it was not."""
+        if trial.slots_before is None:
+            return True
+        slots = self._computed() - trial.slots_before
+        if (slots < 0).any():  # a shard began anew, and counts from zero
+            trial.slots_before = self._computed()
+            return False
+        if slots.sum() < SLOTS_MIN:
+            return False
+        measured = balance_of(slots).slowness
+        forecast = trial.forecast
+        if forecast.slowness_before / measured - 1 >= forecast.gain / 2:
+            return True
+        self.rollbacks_count += 1
+        self._trial = None
+        self._go(trial.before)
+        return False
+
+    def _start(self, forecast: Forecast, now_s: float) -> None:
+        if forecast.homes == self.in_force.homes:
+            return
+        self.rebalances_count += 1
+        self._trial = Trial(self.in_force.homes, forecast, now_s)
+        self._go(forecast.homes)
+
+    def _go(self, homes: Homes) -> None:
+        limits = (self._expert_bytes, self.config.step_bytes_max)
+        self._steps = deque(steps_between(self.in_force.homes, homes, *limits))
+
+    def _forecast(self, homes: Homes) -> Forecast:
+        moves_count = moves_between(self.in_force.homes, homes)
+        bytes_count = moves_count * self._expert_bytes
+        limits = (self._expert_bytes, self.config.step_bytes_max)
+        return Forecast(
+            homes,
+            self._slowness(self.in_force.homes),
+            self._slowness(homes),
+            moves_count,
+            bytes_count,
+            sum(1 for _ in steps_between(self.in_force.homes, homes, *limits)),
+            bytes_count / self._bytes_per_s if self._bytes_per_s else None,
+        )
+
+    def _slowness(self, homes: Homes) -> float:
+        return balance_of(shard_loads(self.load.shares(), homes, len(self.in_force.shards))).slowness
+
+    def _computed(self) -> np.ndarray:
+        """Slots `[layers, shards]` that the shards in force have computed since they began."""
+        nothing = np.zeros(len(self.in_force.homes), np.int64)
+        return np.stack([self._slots.get(shard.name, nothing) for shard in self.in_force.shards], axis=1)
+
+    def _next(self, homes: Homes) -> Placement:
+        before = self.placement
+        return Placement(before.epoch + 1, before.first_layer, before.shards, homes)
+
+    def _give_out(self, placement: Placement, now_s: float) -> None:
+        self.placement = placement
+        self._given_out_s = now_s
+
+
+def homes_among(placement: Placement, shards: tuple[ShardAddress, ...]) -> Homes:
+    """A placement's homes as indices into other shards; those that went are left out."""
+    there = {shard.name: index for index, shard in enumerate(shards)}
+    index_of = [there.get(shard.name) for shard in placement.shards]
+    return tuple(
+        tuple(
+            tuple(sorted(index_of[shard] for shard in home if index_of[shard] is not None)) for home in homes
+        )
+        for homes in placement.homes
+    )
+
+
+def with_homes(kept: Homes, target: Homes) -> Homes:
+    """What was kept, and the target's homes for experts that have none."""
+    return tuple(
+        tuple(home or new for home, new in zip(homes, goal, strict=True))
+        for homes, goal in zip(kept, target, strict=True)
+    )
+
+
+def moves_between(before: Homes, after: Homes) -> int:
+    """Replicas that must be loaded."""
+    return sum(
+        len(set(new) - set(old))
+        for homes, goal in zip(before, after, strict=True)
+        for old, new in zip(homes, goal, strict=True)
+    )
+
+
+def steps_between(before: Homes, after: Homes, expert_bytes: int, step_bytes_max: int) -> Iterator[Homes]:
+    """The homes after each step; the last is `after`, and nothing comes where there is nothing to do.
+
+    Layers go one after the other, whole where the bytes allow it, for a layer's slots are only as many. An
+    expert's homes change at once, so that it has those of before or those of after.
+    """
+    homes, loaded_bytes, changed = [list(layer) for layer in before], 0, False
+    for layer, goal in enumerate(after):
+        for expert, new in enumerate(goal):
+            old = homes[layer][expert]
+            if new == old:
+                continue
+            bytes_count = len(set(new) - set(old)) * expert_bytes
+            if loaded_bytes and loaded_bytes + bytes_count > step_bytes_max:
+                yield tuple(map(tuple, homes))
+                loaded_bytes = 0
+            homes[layer][expert] = new
+            loaded_bytes, changed = loaded_bytes + bytes_count, True
+    if changed:
+        yield after
+
+
+def check_homes(homes: Homes, placement: Placement) -> None:
+    """Raises ValueError unless every expert of a placement has homes among its shards."""
+    shapes = [len(layer) for layer in homes], [len(layer) for layer in placement.homes]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the plan is for another model: its layers or experts are not those in force")
+    shards_count = len(placement.shards)
+    for layer, of_layer in enumerate(homes, placement.first_layer):
+        for expert, home in enumerate(of_layer):
+            if not home or list(home) != sorted(set(home)) or not 0 <= home[0] <= home[-1] < shards_count:
+                raise ValueError(
+                    f"layer {layer}, expert {expert}: homes {list(home)} are not one or more of"
+                    f" shards 0 to {shards_count - 1} in ascending order"
+                )

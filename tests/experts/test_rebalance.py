@@ -1,0 +1,289 @@
+"""Experts move in steps of which each leaves every expert a home, when it pays, and back when it did not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.balance import balance_of, shard_loads
+from experts.config import PlanConfig
+from experts.errors import ExpertsMoving
+from experts.load import RecentLoad
+from experts.messages import Homes, Placement, ShardAddress
+from experts.placement import even_homes
+from experts.plan import Planner
+from experts.rebalance import (
+    SLOTS_MIN,
+    Rebalance,
+    RebalanceConfig,
+    check_homes,
+    homes_among,
+    moves_between,
+    steps_between,
+    with_homes,
+)
+
+EXPERT_BYTES = 10
+FIRST_LAYER = 1
+
+
+def addresses(names: str) -> tuple[ShardAddress, ...]:
+    """Shards by letters."""
+    return tuple(ShardAddress(name, f"memory://{name}", f"host-{name}") for name in names)
+
+
+class Group:
+    """Shards and nodes that do what a rebalance asks, one beat after the other."""
+
+    def __init__(self, names: str = "ab", layers_count: int = 2, experts_count: int = 8, **config):
+        plan = PlanConfig(config.pop("replicas_min", 1), config.pop("spare_replicas", 0))
+        planner = Planner(plan, layers_count, experts_count, 1)
+        planner.is_ready = True
+        load = RecentLoad(layers_count, experts_count, 60.0, 5.0)
+        self.rebalance = Rebalance(RebalanceConfig(**config), load, EXPERT_BYTES, planner)
+        self.totals = {name: np.zeros((layers_count, experts_count), np.int64) for name in "abcdefgh"}
+        self.epochs: dict[str, int] = {}
+        self.nodes_epoch = 0
+        self.loaded_max = 0  # replicas that one step had loaded
+        self.deaf: set[str] = set()
+        self.now_s = 0.0
+        homes = (even_homes(len(names), experts_count),) * layers_count
+        self.rebalance.begin(Placement(1, FIRST_LAYER, addresses(names), homes), self.now_s)
+        self.turn()
+
+    def turn(self, turns_count: int = 1, tokens: np.ndarray | None = None) -> None:
+        """Half seconds in which nodes send `tokens` [layers, experts] and everybody follows."""
+        for _ in range(turns_count):
+            self.now_s += 0.5
+            before = self.rebalance.placement
+            for shard in before.shards:
+                if shard.name not in self.deaf:
+                    self.epochs[shard.name] = before.epoch
+            if tokens is not None:
+                self._compute(tokens)
+            self.rebalance.advance(self.epochs, self.nodes_epoch, self.now_s)
+            if self.rebalance.in_force is not None:
+                self.nodes_epoch = self.rebalance.in_force.epoch
+            self._check(before, self.rebalance.placement)
+
+    def _compute(self, tokens: np.ndarray) -> None:
+        placement = self.rebalance.in_force
+        for layer, homes in enumerate(placement.homes):
+            for expert, home in enumerate(homes):
+                for shard in home:
+                    name = placement.shards[shard].name
+                    self.totals[name][layer, expert] += tokens[layer, expert] // len(home)
+        for shard in placement.shards:
+            self.rebalance.observe(
+                shard.name, tuple(map(tuple, self.totals[shard.name].tolist())), self.now_s
+            )
+
+    def _check(self, before: Placement, after: Placement) -> None:
+        assert after.epoch >= before.epoch
+        assert (after.epoch == before.epoch) == (after is before), "another table has another epoch"
+        check_homes(after.homes, after)
+        if after.shards == before.shards:
+            self.loaded_max = max(self.loaded_max, moves_between(before.homes, after.homes))
+
+    @property
+    def slowness(self) -> float:
+        """Of what is in force, under the load of late."""
+        placement = self.rebalance.in_force
+        loads = shard_loads(self.rebalance.load.shares(), placement.homes, len(placement.shards))
+        return balance_of(loads).slowness
+
+
+SKEWED = np.array([[400, 400, 400, 400, 10, 10, 10, 10]] * 2)  # all hot experts on the first of two shards
+
+
+def test_an_uneven_load_moves_experts_and_then_is_even():
+    group = Group(pause_s=5.0)
+    group.turn(2, SKEWED)
+    assert group.slowness > 1.9
+    group.turn(40, SKEWED)
+    assert group.slowness < 1.01
+    assert group.rebalance.rebalances_count == 1 and group.rebalance.rollbacks_count == 0
+    assert not group.rebalance.is_moving
+
+
+def test_an_even_load_moves_nothing():
+    group = Group(pause_s=1.0)
+    group.turn(40, np.full((2, 8), 100))
+    assert group.rebalance.rebalances_count == 0 and group.rebalance.placement.epoch == 1
+
+
+def test_what_little_load_tells_is_not_acted_upon():
+    group = Group(pause_s=1.0)
+    group.turn(10, SKEWED // 400)
+    assert group.rebalance.load.slots_count < SLOTS_MIN and group.rebalance.rebalances_count == 0
+
+
+def test_a_small_gain_is_not_worth_the_moves():
+    uneven = Group(pause_s=1.0, slowness_max=1.0, gain_min=0.5)
+    uneven.turn(20, np.array([[110, 110, 110, 110, 90, 90, 90, 90]] * 2))
+    assert uneven.rebalance.rebalances_count == 0
+
+
+def test_steps_keep_to_their_bytes():
+    group = Group(pause_s=1.0, step_bytes_max=EXPERT_BYTES)
+    group.turn(40, SKEWED)
+    assert group.slowness < 1.01 and group.loaded_max == 1
+
+
+def test_a_rebalance_that_does_not_gain_what_it_promised_is_rolled_back():
+    group = Group(pause_s=5.0)
+    before = group.rebalance.in_force.homes
+    group.turn(1, SKEWED)
+    while group.rebalance.rebalances_count == 0 or group.rebalance.is_moving:
+        group.turn(1, SKEWED)
+    moved = group.rebalance.in_force.homes
+    assert moved != before
+    hot = np.array([[expert_homes == (0,) for expert_homes in layer] for layer in moved])
+    group.turn(12, np.where(hot, 400, 10))  # the load turns just then, so that the new homes are the worst
+    assert group.rebalance.rollbacks_count == 1
+    assert group.rebalance.in_force.homes == before
+
+
+def test_a_shard_that_does_not_load_raises_the_alarm_and_blocks_nothing():
+    group = Group(pause_s=5.0, stall_s=10.0)
+    before = group.rebalance.in_force.homes
+    group.deaf = {"b"}
+    group.turn(16, SKEWED)
+    assert group.rebalance.in_force.homes == before, "what works stays in force"
+    group.turn(24, SKEWED)
+    assert group.rebalance.is_stalled and group.rebalance.stalls_count == 1
+    group.deaf = set()
+    group.turn(1, SKEWED)
+    assert not group.rebalance.is_stalled and group.rebalance.in_force.homes == before
+
+
+def test_a_new_shard_gets_its_share():
+    group = Group("ab", spare_replicas=1)
+    group.turn(4, SKEWED)
+    group.rebalance.go_on_with(addresses("abc"), 0, group.now_s)
+    group.turn(6, SKEWED)
+    assert len(group.rebalance.in_force.shards) == 3 and group.slowness < 1.2
+
+
+def test_a_dead_shard_is_first_replaced_where_nothing_else_is():
+    group = Group("abc", spare_replicas=1)
+    group.turn(4, SKEWED)
+    before = group.rebalance.in_force
+    group.rebalance.go_on_with(addresses("ac"), 0, group.now_s)
+    kept = homes_among(before, addresses("ac"))
+    for homes, rest in zip(group.rebalance.placement.homes, kept, strict=True):
+        for home, left in zip(homes, rest, strict=True):
+            assert home == left if left else len(home) >= 1
+    group.turn(6, SKEWED)
+    assert [shard.name for shard in group.rebalance.in_force.shards] == ["a", "c"]
+    assert group.slowness < 1.2
+
+
+def test_epochs_go_on_after_the_latest_seen():
+    group = Group()
+    group.rebalance.go_on_with(addresses("ab"), 41, group.now_s)
+    assert group.rebalance.placement.epoch == 42
+
+
+def test_a_person_may_look_before_and_move_at_will():
+    group = Group(pause_s=1e9, step_bytes_max=4 * EXPERT_BYTES)
+    group.turn(4, SKEWED)
+    forecast = group.rebalance.forecast()
+    assert forecast.gain > 0.9 and forecast.slowness_before > 1.9 > 1.01 > forecast.slowness_after
+    assert forecast.bytes_count == forecast.moves_count * EXPERT_BYTES
+    assert forecast.steps_count == 2 and forecast.time_s is None
+    group.rebalance.move_to(forecast.homes, group.now_s)
+    with pytest.raises(ExpertsMoving, match="ask again"):
+        group.rebalance.move_to(forecast.homes, group.now_s)
+    group.turn(4, SKEWED)
+    assert group.rebalance.in_force.homes == forecast.homes
+    assert group.rebalance.forecast().time_s is not None, "how long moves take has been seen"
+
+
+def test_the_report_is_of_what_is_in_force():
+    group = Group()
+    group.turn(3, SKEWED)
+    report = group.rebalance.report()
+    assert report.placement is group.rebalance.in_force and not report.is_moving
+    assert np.allclose(np.sum(report.shard_loads, axis=1), 1.0) and np.shape(report.expert_loads) == (2, 8)
+    assert report.balance.mean_over_max == pytest.approx(1 / group.slowness)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda homes: homes[:1], id="a layer is missing"),
+        pytest.param(lambda homes: (homes[0][:-1], homes[1]), id="an expert is missing"),
+        pytest.param(lambda homes: (((), *homes[0][1:]), homes[1]), id="no home"),
+        pytest.param(lambda homes: (((0, 0), *homes[0][1:]), homes[1]), id="twice"),
+        pytest.param(lambda homes: (((2,), *homes[0][1:]), homes[1]), id="no such shard"),
+        pytest.param(lambda homes: (((-1,), *homes[0][1:]), homes[1]), id="below zero"),
+    ],
+)
+def test_homes_that_do_not_fit_are_refused(wrong):
+    group = Group()
+    with pytest.raises(ValueError):
+        group.rebalance.move_to(wrong(group.rebalance.in_force.homes), group.now_s)
+
+
+def homes_of(shards_count: int, layers_count: int, experts_count: int) -> st.SearchStrategy[Homes]:
+    """Any homes on some shards."""
+    home = st.sets(st.integers(0, shards_count - 1), min_size=1).map(lambda some: tuple(sorted(some)))
+    layer = st.lists(home, min_size=experts_count, max_size=experts_count).map(tuple)
+    return st.lists(layer, min_size=layers_count, max_size=layers_count).map(tuple)
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 60))
+def test_on_any_way_every_expert_has_a_home_and_no_step_loads_too_much(
+    data, shards_count, layers_count, experts_count, bytes_max
+):
+    before = data.draw(homes_of(shards_count, layers_count, experts_count))
+    after = data.draw(homes_of(shards_count, layers_count, experts_count))
+    steps = list(steps_between(before, after, EXPERT_BYTES, bytes_max))
+    assert (steps[-1] if steps else before) == after
+    here = before
+    for step in steps:
+        moves = moves_between(here, step)
+        changed = sum(
+            old != new for a, b in zip(here, step, strict=True) for old, new in zip(a, b, strict=True)
+        )
+        assert changed, "no step is for nothing"
+        assert moves * EXPERT_BYTES <= bytes_max or (changed >= 1 and moves <= shards_count)
+        for homes, old, new in zip(step, before, after, strict=True):
+            assert all(home in (was, will) for home, was, will in zip(homes, old, new, strict=True))
+        here = step
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_happens_no_expert_is_ever_without_a_home(data):
+    """Loads, deaths, births, deafness and wishes at random: `Group` checks each table that is given out."""
+    group = Group("abc", 1, 6, pause_s=2.0, stall_s=4.0, step_bytes_max=2 * EXPERT_BYTES, spare_replicas=2)
+    for _ in range(12):
+        match data.draw(st.sampled_from(["load", "shards", "deaf", "wish"])):
+            case "load":
+                tokens = data.draw(st.lists(st.integers(0, 2000), min_size=6, max_size=6))
+                group.turn(3, np.array([tokens]))
+            case "shards":
+                names = data.draw(st.sets(st.sampled_from("abcdefgh"), min_size=1))
+                seen_epoch = data.draw(st.integers(0, 50))
+                group.rebalance.go_on_with(addresses("".join(sorted(names))), seen_epoch, group.now_s)
+            case "deaf":
+                group.deaf = data.draw(st.sets(st.sampled_from("abcdefgh"), max_size=2))
+            case "wish":
+                if not group.rebalance.is_moving:
+                    shards_count = len(group.rebalance.in_force.shards)
+                    group.rebalance.move_to(data.draw(homes_of(shards_count, 1, 6)), group.now_s)
+        group.turn(data.draw(st.integers(0, 4)))
+    group.deaf = set()
+    group.turn(20)
+    assert not group.rebalance.is_moving and not group.rebalance.is_stalled
+
+
+def test_homes_are_followed_by_name():
+    placement = Placement(1, 0, addresses("abc"), (((0,), (1, 2), (2,)),))
+    assert homes_among(placement, addresses("cb")) == (((), (0, 1), (0,)),)
+    assert with_homes((((), (0, 1), (0,)),), (((1,), (0,), (1,)),)) == (((1,), (0, 1), (0,)),)
+    assert replace(placement, epoch=2) != placement
