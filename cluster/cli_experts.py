@@ -16,7 +16,7 @@ from cluster.token_file import read_token
 PICTURE_COLUMNS_MIN = 100
 PLAN_BYTES_MAX = 64 << 20
 
-experts_app = typer.Typer(no_args_is_help=True, help="See where experts are and how loaded; move them.")
+experts_app = typer.Typer(help="See where experts are and how loaded; move them.")
 
 Picture = Annotated[
     Path | None, typer.Option("--output", help="also write the picture, as .html or .svg", dir_okay=False)
@@ -29,14 +29,17 @@ PlanFile = Annotated[
 ]
 
 
-@experts_app.command("show", epilog="Example: trivium experts show --output experts.html")
+@experts_app.callback(invoke_without_command=True, epilog="Example: trivium experts --output experts.html")
 def show(
+    context: typer.Context,
     output: Picture = None,
     address: Address = ADDRESS,
     json_output: Json = False,
     token_file: TokenFile = None,
 ) -> None:
-    """A heat map of load by layer and shard, and how even it is."""
+    """A heat map of load by layer and shard, and how even it is; or see the commands below."""
+    if context.invoked_subcommand is not None:
+        return
     with told(json_output):
         run(show_experts(address, read_token(token_file, "--token-file"), output, json_output))
 

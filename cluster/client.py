@@ -192,7 +192,10 @@ def read_details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorIn
 def read_plan(text: str) -> trivium_pb2.ExpertsPlan:
     """A plan from the JSON that `as_values` makes of it; raises InvalidRequest."""
     try:
-        return ParseDict(json.loads(text), trivium_pb2.ExpertsPlan())
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("a plan is an object")
+        return ParseDict(values, trivium_pb2.ExpertsPlan())
     except (ValueError, ParseError) as error:
         raise InvalidRequest(
             reason="NO_PLAN",

@@ -6,7 +6,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from cluster import cli
+from cluster import cli, cli_experts
 from cluster.client import Admitted, Delta
 from cluster.errors import Overloaded
 
@@ -31,13 +31,15 @@ def run(*arguments: str):
 
 def examples() -> list[str]:
     """The example in each command's help."""
-    commands = [*cli.app.registered_commands, *cli.config_app.registered_commands]
+    apps = (cli.app, cli.config_app, cli.experts_app)
+    commands = [command for app in apps for command in app.registered_commands]
     return [command.epilog.removeprefix("Example: ") for command in commands]
 
 
 def test_every_example_in_the_help_is_understood(became, monkeypatch):
-    monkeypatch.setattr(cli, "run", lambda work: work.close())
-    assert len(examples()) == 6
+    for module in (cli, cli_experts):
+        monkeypatch.setattr(module, "run", lambda work: work.close())
+    assert len(examples()) == 8
     for example in examples():
         words = [word or text for text, word in re.findall(r'"([^"]*)"|(\S+)', example)]
         assert words[0] == "trivium"
@@ -47,7 +49,8 @@ def test_every_example_in_the_help_is_understood(became, monkeypatch):
 
 
 def test_every_command_has_help():
-    for command in ("serve", "generate", "reference", "status", "config", "config check", "config show"):
+    plain = ("serve", "generate", "reference", "status", "config", "experts")
+    for command in (*plain, "config check", "config show", "experts plan", "experts move"):
         done = run(*command.split(), "--help")
         assert done.exit_code == 0
         assert "Usage" in done.output
