@@ -14,6 +14,7 @@ SILENT_S = 3.0
 LATE_S = 1.5  # a shard that missed two heartbeats may be dead: no new placement until that is known
 SETTLE_S = 1.0
 EPOCH_MAX = 1 << 62
+OBSERVE_S = 0.4  # between one load taken from a shard and the next, however often it tells
 LOAD_HALF_LIFE_S = 60.0
 BURST_HALF_LIFE_S = 5.0
 FIRST_SETTLE_S = 30.0  # at the start fewer shards than expected are most likely late, and all experts large
@@ -34,6 +35,8 @@ class Member:
     report: NodeReport | ShardReport | None = None
     placement: Placement | None = None
     """That it goes by, told to a coordinator which knows of none."""
+    epochs_known: frozenset[int] = frozenset()
+    """Of placements that it need not be told again: a large model's table is long."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,31 @@ class View:
     def of_kind(self, kind: str) -> tuple[Member, ...]:
         """Members of one kind, by name."""
         return tuple(member for member in self.members if member.kind == kind)
+
+    def without(self, epochs: frozenset[int]) -> "View":
+        """The view for a member that knows the placements of some epochs: of these only the epoch is told."""
+
+        def told(placement: Placement | None) -> Placement | None:
+            is_known = placement is not None and placement.epoch in epochs
+            return Placement(placement.epoch, placement.first_layer, (), ()) if is_known else placement
+
+        return replace(self, placement=told(self.placement), placement_in_force=told(self.placement_in_force))
+
+    def completed(self, before: "View") -> "View":
+        """The whole view, with the placements that `before` had and this one only names."""
+        known = {placement.epoch: placement for placement in before.placements}
+
+        def whole(placement: Placement | None) -> Placement | None:
+            return known.get(placement.epoch, placement) if placement is not None else None
+
+        return replace(
+            self, placement=whole(self.placement), placement_in_force=whole(self.placement_in_force)
+        )
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """What there is of both placements."""
+        return tuple(one for one in (self.placement, self.placement_in_force) if one is not None)
 
     @property
     def is_ready(self) -> bool:
@@ -95,6 +123,7 @@ class Membership:
         self._shards_expected_count = shards_expected_count
         self._members: dict[str, Member] = {}
         self._heard_s: dict[str, float] = {}
+        self._observed_s: dict[str, float] = {}
         self.problem = ""
         self._known_placement: Placement | None = None
         self._shards_changed_s = 0.0
@@ -104,14 +133,15 @@ class Membership:
         """Take a member's word and tell it what everybody has said."""
         self._forget_predecessor(member)
         self._learn(member, now_s)
-        self._members[member.name] = replace(without_load(member), placement=None)
+        self._members[member.name] = replace(without_load(member), placement=None, epochs_known=frozenset())
         self._heard_s[member.name] = now_s
-        return self.view(now_s)
+        return self.view(now_s).without(member.epochs_known)
 
     def leave(self, name: str) -> None:
         """A member has ended in good order."""
         self._members.pop(name, None)
         self._heard_s.pop(name, None)
+        self._observed_s.pop(name, None)
         self.experts.load.leave(name)
 
     def view(self, now_s: float) -> View:
@@ -136,7 +166,9 @@ class Membership:
 
     def _learn(self, member: Member, now_s: float) -> None:
         """Take a shard's load, and a placement that was in force before this coordinator began."""
-        if isinstance(member.report, ShardReport) and member.report.load:
+        is_news = now_s - self._observed_s.get(member.name, -OBSERVE_S) >= OBSERVE_S
+        if isinstance(member.report, ShardReport) and member.report.load and is_news:
+            self._observed_s[member.name] = now_s
             self.experts.observe(member.name, member.report.load, now_s)
         known = self._known_placement
         if member.placement is not None and (known is None or member.placement.epoch > known.epoch):

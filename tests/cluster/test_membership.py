@@ -256,3 +256,16 @@ def test_load_tables_stay_with_the_coordinator():
     loaded = replace(loaded, report=replace(loaded.report, load=((1, 2),)))
     assert without_load(loaded).report.load == ()
     assert without_load(node("p", "prefill")).report == node("p", "prefill").report
+
+
+def test_placements_that_a_member_knows_are_not_told_again(town):
+    whole = town.turn()
+    knows = frozenset(placement.epoch for placement in whole.placements)
+    told = town.membership.heartbeat(replace(town.members["d"], epochs_known=knows), town.now_s)
+    assert told.placement.homes == () and told.placement.epoch == whole.placement.epoch
+    assert told.completed(whole) == town.membership.view(town.now_s)
+    town.add(shard("c"))
+    town.turn(12)
+    news = town.membership.heartbeat(replace(town.members["d"], epochs_known=knows), town.now_s)
+    assert news.completed(whole) == news == town.membership.view(town.now_s), "what is new is told whole"
+    assert View().without(knows) == View() == View().completed(whole)
