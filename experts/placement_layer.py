@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experts.compiled import compiled
+from experts.compiled import compiled, inlined
 
 EMPTY = -1
 STRICTLY = 1 - 1e-9  # what gains must gain more than rounding
@@ -58,7 +58,7 @@ def empty_layer(tokens, anchor, there, replicas, rooms):
     )
 
 
-@compiled
+@inlined
 def put(layer, rooms, expert, shard):
     """Into the first free slot."""
     layer.slots[shard, layer.used[shard]] = expert
@@ -71,6 +71,17 @@ def put(layer, rooms, expert, shard):
 
 
 @compiled
+def filled_layer(tokens, anchor, there, homes, rooms):
+    """A layer with everything at home, `homes` being bool [experts, shards]."""
+    layer = empty_layer(tokens, anchor.copy(), there, np.maximum(homes.sum(axis=1), 1), rooms)
+    for expert in range(len(tokens)):
+        for shard in range(len(rooms.slots)):
+            if homes[expert, shard]:
+                put(layer, rooms, expert, shard)
+    return layer
+
+
+@inlined
 def take(layer, rooms, expert, shard):
     """Out of its slot, which the last used one fills."""
     last = layer.used[shard] - 1
@@ -107,7 +118,7 @@ def recount(layer, rooms, expert, replicas):
     layer.share[expert] = share
 
 
-@compiled
+@inlined
 def may_move(layer, rooms, expert, source, target):
     """Whether a replica may go from shard to shard without crowding a host or leaving its anchor."""
     here, there = rooms.host[source], rooms.host[target]
@@ -118,7 +129,7 @@ def may_move(layer, rooms, expert, source, target):
     return layer.held_by_host[expert, there] < layer.held_by_host[expert, here]
 
 
-@compiled
+@inlined
 def may_come(layer, rooms, expert, target):
     """Whether one more replica may come: to a host that has none, unless all hosts have one."""
     if layer.held[expert, target]:
@@ -127,7 +138,7 @@ def may_come(layer, rooms, expert, target):
     return everywhere or layer.held_by_host[expert, rooms.host[target]] == 0
 
 
-@compiled
+@inlined
 def may_vanish(layer, rooms, expert, source, least):
     """Whether a replica can be spared: enough are left, one at the anchor, on as many hosts as can be."""
     if layer.replicas[expert] <= least:
@@ -138,7 +149,7 @@ def may_vanish(layer, rooms, expert, source, least):
     return layer.anchor[expert] != host and layer.hosts_held[expert] == layer.replicas[expert]
 
 
-@compiled
+@inlined
 def time_without(layer, rooms, expert, leaving, source, limit):
     """Slowest of an expert's shards, but `leaving` and `source`, with the tokens of the one that leaves.
 

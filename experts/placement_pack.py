@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experts.compiled import compiled
+from experts.compiled import compiled, inlined
 from experts.placement_layer import EMPTY, exchange, may_move, put, recount
 
 
@@ -52,7 +52,7 @@ def pack(layer, rooms):
     return True
 
 
-@compiled
+@inlined
 def soonest_shard(layer, rooms, expert, home, open_slots):
     """Where most time is left: on `home`, else on a host without the expert, else on any; or EMPTY."""
     others_max = 0

@@ -8,14 +8,19 @@ import numpy as np
 
 from experts.compiled import compiled
 from experts.placement_kicks import lighten_by_kicks
-from experts.placement_layer import EMPTY, STRICTLY, Rooms, empty_layer
+from experts.placement_layer import EMPTY, STRICTLY, Rooms, empty_layer, filled_layer
 from experts.placement_pack import count_replicas, pack, pack_by_room, spread
-from experts.placement_standing import renamed_homes, settle_homeless, standing_layer
+from experts.placement_standing import (
+    anchor_whole_groups,
+    renamed_homes,
+    settle_homeless,
+    standing_layer,
+)
 from experts.placement_steps import lighten
 
 NEAR = 1.001  # a fresh placement within this factor of its bound is not searched further
 KICKS_MAX = 128  # tried in vain before what is in force is given up
-ROUNDS_MAX = 1000  # a net, as above
+ROUNDS_MAX = 1000  # a net under the search, many times what any load has needed
 NO_CHANGES = np.zeros((0, 2), np.int64)
 
 
@@ -29,15 +34,29 @@ def fresh_homes(
     bound = lowest_times(tokens, rooms, least)
     anchor = np.full(tokens.shape, EMPTY)
     if groups_count == 1 or rooms.hosts_count == 1:
-        return *search(tokens, anchor, rooms, least, bound * NEAR, tries_max), bound
+        return *searched_homes(tokens, anchor, rooms, least, bound * NEAR, tries_max), bound
     together = anchors_of_groups(tokens, rooms, groups_count)
-    homes, time = search(tokens, together, rooms, least, bound * NEAR, tries_max)
+    homes, time = searched_homes(tokens, together, rooms, least, bound * NEAR, tries_max)
     slow = np.flatnonzero(time > bound * (1 + slack))
     if len(slow):
-        apart, apart_time = search(tokens[slow], anchor[slow], rooms, least, bound[slow] * NEAR, tries_max)
+        near = bound[slow] * NEAR
+        apart, apart_time = searched_homes(tokens[slow], anchor[slow], rooms, least, near, tries_max)
         costly = time[slow] > apart_time * (1 + slack)
         homes[slow[costly]], time[slow[costly]] = apart[costly], apart_time[costly]
     return homes, time, bound
+
+
+def searched_homes(
+    tokens: np.ndarray, anchor: np.ndarray, rooms: Rooms, least: int, enough: np.ndarray, tries_max: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Homes and time [layers] of fresh placements, searched until `enough` [layers] or out of tries."""
+    homes, time = search(tokens, anchor, rooms, least, enough, tries_max)
+    slow = np.flatnonzero(time > enough)
+    if tries_max and len(slow):
+        moves_free = np.ones((len(slow), *homes.shape[1:]), np.bool_)
+        start = tokens[slow], anchor[slow], moves_free, homes[slow], rooms
+        homes[slow], time[slow] = improve(*start, least, enough[slow], tries_max, tries_max)
+    return homes, time
 
 
 def nearest_homes(
@@ -50,21 +69,24 @@ def nearest_homes(
     enough: np.ndarray,
 ) -> np.ndarray:
     """Homes by few moves from `there`, if the slowest shard gets to `enough` [layers]; else fresh ones."""
-    homes, arrived = approach(tokens, there, rooms, least, groups_count, enough)
-    for layer in np.flatnonzero(~arrived):
+    homes, anchor, is_settled = settle(tokens, there, rooms, least, groups_count)
+    homes[~is_settled] = fresh[~is_settled]
+    start = tokens, anchor, there, homes, rooms
+    homes, time = improve(*start, least, enough, ROUNDS_MAX, KICKS_MAX)
+    for layer in np.flatnonzero(~is_settled | (time > enough)):
         homes[layer] = renamed_homes(fresh[layer], there[layer], rooms)
     return homes
 
 
 @compiled
 def search(tokens, anchor, rooms, least, enough, tries_max):
-    """Homes and time [layers] of fresh placements, with other counts of replicas tried until `enough`."""
+    """Homes and time [layers], packed with one count of replicas after another until `enough` [layers]."""
     homes = np.zeros((len(tokens), tokens.shape[1], len(rooms.slots)), np.bool_)
     time = np.zeros(len(tokens))
     for index in range(len(tokens)):
         counts = count_replicas(tokens[index], least, rooms.slots.sum(), len(rooms.slots))
         layer = packed_layer(tokens[index], anchor[index], counts, rooms, least)
-        layer = lighten_by_kicks(layer, rooms, least, enough[index], tries_max, tries_max)
+        lighten(layer, rooms, least, enough[index])
         changes, next_change = NO_CHANGES, EMPTY
         for _ in range(tries_max):
             if layer.time.max() <= enough[index]:
@@ -77,8 +99,19 @@ def search(tokens, anchor, rooms, least, enough, tries_max):
             other = packed_layer(tokens[index], anchor[index], counts, rooms, least)
             lighten(other, rooms, least, enough[index])
             next_change += 1
-            if other.time.max() < layer.time.max() * STRICTLY and crowding(other) <= crowding(layer):
+            if is_preferable(other, layer):
                 layer, next_change = other, EMPTY
+        homes[index], time[index] = layer.held, layer.time.max()
+    return homes, time
+
+
+@compiled
+def improve(tokens, anchor, there, homes, rooms, least, enough, rounds_max, kicks_max):
+    """Homes and time [layers] after steps and kicks of few moves from `there`, until `enough` [layers]."""
+    homes, time = homes.copy(), np.zeros(len(tokens))
+    for index in range(len(tokens)):
+        layer = filled_layer(tokens[index], anchor[index], there[index], homes[index], rooms)
+        layer = lighten_by_kicks(layer, rooms, least, enough[index], rounds_max, kicks_max)
         homes[index], time[index] = layer.held, layer.time.max()
     return homes, time
 
@@ -97,10 +130,13 @@ def packed_layer(tokens, anchor, counts, rooms, least):
 
 
 @compiled
-def crowding(layer):
-    """Replicas beside another of their expert while some host has none."""
+def is_preferable(other, layer):
+    """Whether the other is lighter and has no more replicas beside their like while some host has none."""
+    if other.time.max() >= layer.time.max() * STRICTLY:
+        return False
     hosts_count = layer.held_by_host.shape[1]
-    return (np.minimum(layer.replicas, hosts_count) - layer.hosts_held).sum()
+    other_crowded = (np.minimum(other.replicas, hosts_count) - other.hosts_held).sum()
+    return other_crowded <= (np.minimum(layer.replicas, hosts_count) - layer.hosts_held).sum()
 
 
 @compiled
@@ -183,12 +219,13 @@ def anchors_of_groups(tokens, rooms, groups_count):
 
 
 @compiled
-def approach(tokens, there, rooms, least, groups_count, enough):
-    """Homes by few moves from what is there, and whether they have got to `enough` [layers]."""
-    homes, arrived = np.zeros(there.shape, np.bool_), np.zeros(len(tokens), np.bool_)
+def settle(tokens, there, rooms, least, groups_count):
+    """What is there, with homes for all; hosts of whole groups [layers, experts]; whether all fits."""
+    homes, is_settled = np.zeros(there.shape, np.bool_), np.zeros(len(tokens), np.bool_)
+    anchor = np.full(tokens.shape, EMPTY)
     for index in range(len(tokens)):
-        layer = standing_layer(tokens[index], there[index], rooms, groups_count)
-        if settle_homeless(layer, rooms, least):
-            layer = lighten_by_kicks(layer, rooms, least, enough[index], ROUNDS_MAX, KICKS_MAX)
-            homes[index], arrived[index] = layer.held, layer.time.max() <= enough[index]
-    return homes, arrived
+        layer = standing_layer(tokens[index], there[index], rooms)
+        anchor_whole_groups(layer, rooms, groups_count)
+        is_settled[index] = settle_homeless(layer, rooms, least)
+        homes[index], anchor[index] = layer.held, layer.anchor
+    return homes, anchor, is_settled

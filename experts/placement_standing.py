@@ -3,13 +3,13 @@
 import numpy as np
 
 from experts.compiled import compiled
-from experts.placement_layer import EMPTY, empty_layer, may_vanish, put, recount, take
+from experts.placement_layer import EMPTY, filled_layer, may_vanish, put, recount, take
 from experts.placement_pack import soonest_shard
 
 
 @compiled
-def standing_layer(tokens, there, rooms, groups_count):
-    """What is there and still has a slot, first homes before second ones; whole groups stay whole."""
+def standing_layer(tokens, there, rooms):
+    """What is there and still has a slot, first homes before second ones."""
     experts_count, shards_count = there.shape
     free = rooms.slots.copy()
     stays = np.zeros(there.shape, np.bool_)
@@ -21,14 +21,7 @@ def standing_layer(tokens, there, rooms, groups_count):
                 if there[expert, shard] and free[shard] > 0 and not stays[expert, shard]:
                     stays[expert, shard] = True
                     free[shard] -= 1
-    counts = np.maximum(stays.sum(axis=1), 1)
-    layer = empty_layer(tokens, np.full(experts_count, EMPTY), there, counts, rooms)
-    for expert in range(experts_count):
-        for shard in range(shards_count):
-            if stays[expert, shard]:
-                put(layer, rooms, expert, shard)
-    anchor_whole_groups(layer, rooms, groups_count)
-    return layer
+    return filled_layer(tokens, np.full(experts_count, EMPTY), there, stays, rooms)
 
 
 @compiled

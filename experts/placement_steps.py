@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experts.compiled import compiled
+from experts.compiled import compiled, inlined
 from experts.placement_layer import (
     EMPTY,
     STRICTLY,
@@ -52,7 +52,7 @@ def lighten(layer, rooms, least, enough):
         take_step(layer, rooms, step)
 
 
-@compiled
+@inlined
 def is_better(worst, moves, step, enough):
     """Of steps that lighten enough, fewer moves are better, then lighter ones; of others lighter ones."""
     if worst > enough:
@@ -79,7 +79,7 @@ def best_exchange(layer, rooms, source, enough):
     return step
 
 
-@compiled
+@inlined
 def best_exchange_with(layer, rooms, source, target, enough, step):
     """The same with one other shard; arithmetic first, since few pairs of experts pass it."""
     source_time, target_time = layer.time[source], layer.time[target]
@@ -137,7 +137,7 @@ def best_drop(layer, rooms, least, enough, step):
     return step
 
 
-@compiled
+@inlined
 def best_replica(layer, rooms, target, other, enough, step):
     """One replica more on the target of an expert of the source, in place of `other` unless it is EMPTY."""
     source, limit = step.source, max(step.worst, enough)

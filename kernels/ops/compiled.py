@@ -20,14 +20,23 @@ def compiled(signature: str | None = None, any_order: bool = False) -> Callable[
 
 
 def machine_code(
-    function: Callable, signature: str | None, freedoms: Set[str], sources: Iterable[Path]
+    function: Callable,
+    signature: str | None,
+    freedoms: Set[str],
+    sources: Iterable[Path],
+    is_inlined: bool = False,
 ) -> Callable:
     """Compile a function, or read what an earlier process has compiled, where there is a place to keep it.
 
     `sources` are the other files whose functions it calls: Numba would not notice a change in them, so the
-    place is named after their contents.
+    place is named after their contents. What `is_inlined` is compiled anew into each of its callers.
     """
-    options = {"fastmath": set(freedoms), "error_model": "numpy", "nogil": True}
+    options = {
+        "fastmath": set(freedoms),
+        "error_model": "numpy",
+        "nogil": True,
+        "forceinline": is_inlined,
+    }
     digest = sha256(b"".join(source.read_bytes() for source in sorted(sources))).hexdigest()[:16]
     before = config.CACHE_DIR
     cache = Path(before) if before else Path(function.__code__.co_filename).parent / "__pycache__"
