@@ -18,9 +18,10 @@ from rich.console import Console
 
 from experts.client import RemoteExperts
 from experts.config import DispatchConfig, ShardConfig
+from experts.holding import Holding
 from experts.messages import Placement, ShardAddress
 from experts.placement import even_placement
-from experts.shard import Dispatch, ExpertShard, Holding
+from experts.shard import Dispatch, ExpertShard
 
 TOKENS = 32
 HIDDEN = 512

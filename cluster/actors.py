@@ -171,7 +171,7 @@ class ShardActor:
     async def on_view(self, view: View) -> None:
         """Load what a newer placement gives this shard."""
         if view.placement is not None and view.placement.epoch > self.shard.epoch:
-            await asyncio.to_thread(self.shard.adopt, view.placement, self._progress)
+            await asyncio.to_thread(self.shard.adopt, view.placement, self._progress, view.placement_in_force)
             self.loaded_share = 1.0
         self.shard.forget(view.nodes_epoch)
 

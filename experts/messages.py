@@ -3,12 +3,15 @@
 dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert]  parts: hidden, token of each slot
 combine   [call id]                                                          parts: outputs, slot after slot
 refused   [call id, reason]
+fetch     [call id, layer, expert]
+weights   [call id, CRC-32 of all bytes]                                     parts: gate and up, down
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 DISPATCH, COMBINE, REFUSED = "dispatch", "combine", "refused"
+FETCH, WEIGHTS = "fetch", "weights"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ class DispatchHeader:
         raise ValueError("the header of a dispatch is malformed")
 
 
+def read_fetch(body: Any) -> tuple[int, int, int]:
+    """Call id, layer and expert of a fetch that has travelled; raises ValueError."""
+    match body:
+        case [int() as call_id, int() as layer, int() as expert]:
+            return call_id, layer, expert
+    raise ValueError("the header of a fetch is malformed")
+
+
 @dataclass(frozen=True)
 class ShardReport:
     """Numbers that a shard returns about itself."""
@@ -92,5 +103,7 @@ class ShardReport:
     dispatches_count: int
     slots_count: int
     refused_count: int
+    fetched_count: int
+    """Experts that came from siblings since the shard began; the others came from the checkpoint."""
     load: tuple[tuple[int, ...], ...]
     """Slots computed for each MoE layer and expert since the shard began."""

@@ -6,14 +6,26 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from experts.config import ShardConfig
 from experts.errors import DispatchRefused
+from experts.holding import Holding
 from experts.load import ExpertLoad
-from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement, ShardReport
+from experts.messages import (
+    COMBINE,
+    DISPATCH,
+    FETCH,
+    REFUSED,
+    WEIGHTS,
+    DispatchHeader,
+    Placement,
+    ShardReport,
+    read_fetch,
+)
+from experts.siblings import Siblings, checksum, sources_of
 from experts.weights import ExpertWeights, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.ops.expert_mlp import GatedWeights, expert_mlp
@@ -41,29 +53,6 @@ class Dispatch:
     """Of its experts, taken on arrival: a placement adopted meanwhile changes nothing for it."""
 
 
-@dataclass(slots=True)
-class Holding:
-    """The experts of the newest placement, and those of earlier ones until every node goes by the newest.
-
-    Nodes do that only when every shard has loaded its part, and until then the earlier placement must work.
-    """
-
-    epoch: int = 0
-    experts: ExpertWeights = field(default_factory=dict)
-    leaving: ExpertWeights = field(default_factory=dict)
-
-    def weights_of(self, header: DispatchHeader) -> list[GatedWeights]:
-        """Weights of the experts that a dispatch names; raises DispatchRefused."""
-        if header.epoch > self.epoch:
-            raise DispatchRefused(f"epoch {header.epoch} is not here yet, {self.epoch} is")
-        keys = [(header.layer, expert) for expert in header.expert_ids]
-        found = [self.experts.get(key) or self.leaving.get(key) for key in keys]
-        if None in found:
-            expert = header.expert_ids[found.index(None)]
-            raise DispatchRefused(f"expert {expert} of layer {header.layer} is not on this shard")
-        return found
-
-
 class ExpertShard:
     """Some experts; dispatches of several nodes that wait for the same layer are computed together."""
 
@@ -77,6 +66,7 @@ class ExpertShard:
         self._arrived: list[Dispatch] = []
         self._dispatches_count = 0
         self._refused_count = 0
+        self._fetched_count = 0
         self._endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame)
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -96,17 +86,38 @@ class ExpertShard:
         """Whether its thread serves."""
         return self._thread is not None and self._thread.is_alive()
 
-    def adopt(self, placement: Placement, on_progress: ProgressCallback | None = None) -> None:
-        """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread."""
+    def adopt(
+        self,
+        placement: Placement,
+        on_progress: ProgressCallback | None = None,
+        in_force: Placement | None = None,
+    ) -> None:
+        """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread.
+
+        What other shards hold by the placement `in_force` comes from them, the rest from the checkpoint.
+        """
         before = self._holding
         if placement.epoch <= before.epoch:
             return
         held = before.leaving | before.experts
         wanted = placement.experts_of(self.config.name)
         missing = [expert for expert in wanted if expert not in held]
+        if in_force is not None:
+            held |= self._fetched(missing, in_force)
+        missing = [expert for expert in missing if expert not in held]
         held |= load_experts(self._checkpoint, missing, self._dtype, on_progress)
         experts = {expert: held.pop(expert) for expert in wanted}
         self._holding = Holding(placement.epoch, experts, leaving=held)
+
+    def _fetched(self, experts: list[tuple[int, int]], in_force: Placement) -> ExpertWeights:
+        model = self._checkpoint.config
+        siblings = Siblings(self.config, model.hidden_size, model.moe_intermediate_size, self._dtype)
+        try:
+            held = siblings.fetch(sources_of(experts, in_force, self.config.name))
+        finally:
+            siblings.close()
+        self._fetched_count += len(held)
+        return held
 
     def forget(self, epoch: int) -> None:
         """Let go of what only placements before `epoch` gave this shard: every node goes by that one."""
@@ -139,6 +150,7 @@ class ExpertShard:
             experts_count=len(self._holding.experts),
             dispatches_count=self._dispatches_count,
             slots_count=self.load.slots_count,
+            fetched_count=self._fetched_count,
             refused_count=self._refused_count + self._endpoint.counts.refused_peers_count,
             load=self.load.table(),
         )
@@ -168,8 +180,28 @@ class ExpertShard:
             os.sched_yield()  # to whoever has something to compute, where processes are more than cores
 
     def _on_frame(self, channel: StreamChannel, frame: Frame) -> None:
-        if frame.kind != DISPATCH:
+        if frame.kind == DISPATCH:
+            self._take(channel, frame)
+        elif frame.kind == FETCH:
+            self._give(channel, frame)
+        else:
             raise FrameMalformed(f"a shard takes no {frame.kind!r:.40}")
+
+    def _give(self, channel: StreamChannel, frame: Frame) -> None:
+        """Send a sibling the weights of an expert."""
+        try:
+            call_id, layer, expert = read_fetch(frame.body)
+        except ValueError as error:
+            raise FrameMalformed(f"a fetch of no use: {error}") from error
+        weights = self._holding.get((layer, expert))
+        if weights is None:
+            self._answer(channel, REFUSED, [call_id, f"expert {expert} of layer {layer} is not here"])
+            return
+        parts = [as_bytes(part) for part in weights.plain()]
+        self._answer(channel, WEIGHTS, [call_id, checksum(parts)], parts)
+
+    def _take(self, channel: StreamChannel, frame: Frame) -> None:
+        """Put a node's dispatch with the others that wait, or refuse it."""
         try:
             header = DispatchHeader.from_body(frame.body)
             hidden, rows = self._tensors(header, frame.parts)

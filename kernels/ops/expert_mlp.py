@@ -24,9 +24,19 @@ class GatedWeights:
     @classmethod
     def packed(cls, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> "GatedWeights":
         """From the three projections of a checkpoint, `[out, in]` each, as they multiply fastest."""
+        return cls.of(torch.cat([gate, up]), down)
+
+    @classmethod
+    def of(cls, gate_up: torch.Tensor, down: torch.Tensor) -> "GatedWeights":
+        """From plain weights, as they multiply fastest."""
         if 3 * down.numel() <= SMALL_NUMBERS_MAX and runs_compiled(down):
-            return cls(column_by_column(torch.cat([gate, up])), column_by_column(down))
-        return cls(packed(torch.cat([gate, up])), packed(down))
+            return cls(column_by_column(gate_up), column_by_column(down))
+        return cls(packed(gate_up), packed(down))
+
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both weights as `of` takes them, row after row in memory, with the bits of the checkpoint."""
+        both = (self.gate_up, self.down)
+        return tuple(part.to_dense() if part.is_mkldnn else part.contiguous() for part in both)
 
     @property
     def are_small(self) -> bool:

@@ -208,7 +208,7 @@ def test_the_token(nodes):
 
 def test_get_model_and_get_cluster(nodes):
     shards = [
-        Member(name, "experts", "unix:///s", report=ShardReport(name, "unix:///s", 3, 8, 5, 40, 0, ()))
+        Member(name, "experts", "unix:///s", report=ShardReport(name, "unix:///s", 3, 8, 5, 40, 0, 0, ()))
         for name in ("s1", "s2")
     ]
     others = (Member("g", "gateway", "x", requests_count=3), Member("late", "decode", "", STARTING), *shards)

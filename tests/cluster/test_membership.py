@@ -19,7 +19,7 @@ FOLDER = "examples/trivium-small"
 def shard(name: str, epoch: int = 0, **values) -> Member:
     """A shard as it describes itself."""
     address = values.pop("address", f"unix:///{name}")
-    report = ShardReport(name, address, epoch, 0, 0, 0, 0, load=())
+    report = ShardReport(name, address, epoch, 0, 0, 0, 0, 0, load=())
     return Member(name, "experts", address, report=report, **values)
 
 

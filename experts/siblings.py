@@ -1,0 +1,119 @@
+"""Weights of experts from other shards that hold them: nearer than a checkpoint on a shared disk."""
+
+import itertools
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from experts.config import ShardConfig
+from experts.messages import FETCH, REFUSED, WEIGHTS, Placement
+from experts.weights import ExpertWeights
+from kernels.ops.expert_mlp import GatedWeights
+from kernels.transport.connect import connect
+from kernels.transport.errors import ChannelError, FrameMalformed
+from kernels.transport.frame import Frame, Header
+from kernels.transport.stream import StreamChannel
+from kernels.transport.tensors import as_bytes
+
+CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
+FETCH_TIMEOUT_S = 30.0
+
+
+def sources_of(
+    experts: Iterable[tuple[int, int]], placement: Placement, name: str
+) -> dict[tuple[int, int], list[str]]:
+    """Addresses of shards that hold each of some (layer, expert) pairs, without the one called `name`."""
+    first_layer = placement.first_layer
+    return {
+        (layer, expert): [
+            placement.shards[home].address
+            for home in placement.homes[layer - first_layer][expert]
+            if placement.shards[home].name != name
+        ]
+        for layer, expert in experts
+    }
+
+
+def checksum(parts: Sequence[memoryview]) -> int:
+    """CRC-32 over all bytes, in order."""
+    total = 0
+    for part in parts:
+        total = zlib.crc32(part, total)
+    return total
+
+
+class Siblings:
+    """Asks other shards for experts, one after the other; whoever fails once is not asked again."""
+
+    def __init__(self, config: ShardConfig, hidden_size: int, intermediate_size: int, dtype: torch.dtype):
+        self._config = config
+        self._shapes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
+        self._dtype = dtype
+        self._channels: dict[str, StreamChannel | None] = {}
+        self._fetch_ids = itertools.count(1)
+
+    def fetch(self, sources: Mapping[tuple[int, int], Sequence[str]]) -> ExpertWeights:
+        """What siblings give of some (layer, expert) pairs, each asked for at its addresses; maybe less."""
+        held: ExpertWeights = {}
+        for turn, (pair, addresses) in enumerate(sources.items()):
+            for place in range(len(addresses)):
+                weights = self._ask(addresses[(turn + place) % len(addresses)], *pair)
+                if weights is not None:
+                    held[pair] = weights
+                    break
+        return held
+
+    def close(self) -> None:
+        """Let go of all siblings."""
+        for channel in self._channels.values():
+            if channel is not None:
+                channel.close()
+        self._channels.clear()
+
+    def _ask(self, address: str, layer: int, expert: int) -> GatedWeights | None:
+        fetch_id = next(self._fetch_ids)
+        parts = [torch.empty(shape, dtype=self._dtype) for shape in self._shapes]
+        buffers = [as_bytes(part) for part in parts]
+
+        def choose_buffers(header: Header) -> list[memoryview]:
+            chosen = buffers if header.kind == WEIGHTS else []
+            if header.kind not in (WEIGHTS, REFUSED) or header.payload_bytes != sum(map(len, chosen)):
+                raise FrameMalformed(f"{header.kind!r:.40} answers no fetch of an expert")
+            return chosen
+
+        try:
+            channel = self._channel(address)
+            if channel is None:
+                return None
+            channel.send(FETCH, [fetch_id, layer, expert])
+            channel.flush(FETCH_TIMEOUT_S)
+            frame = channel.receive(FETCH_TIMEOUT_S, choose_buffers)
+            if frame.kind == REFUSED:
+                return None
+            self._check(frame, fetch_id, parts, buffers)
+        except ChannelError:
+            self._give_up(address)
+            return None
+        return GatedWeights.of(*parts)
+
+    @staticmethod
+    def _check(frame: Frame, fetch_id: int, parts: list[torch.Tensor], buffers: list[memoryview]) -> None:
+        body: Any = frame.body
+        if body != [fetch_id, checksum(buffers)] or not all(part.isfinite().all() for part in parts):
+            raise FrameMalformed("the weights that came are not those that were asked for")
+
+    def _channel(self, address: str) -> StreamChannel | None:
+        if address not in self._channels:
+            self._channels[address] = None
+            self._channels[address] = connect(
+                address, self._config.secret, self._config.name, CONNECT_TIMEOUT_S
+            )
+        return self._channels[address]
+
+    def _give_up(self, address: str) -> None:
+        channel = self._channels.get(address)
+        if channel is not None:
+            channel.close()
+        self._channels[address] = None

@@ -1,0 +1,129 @@
+"""Experts come from shards that hold them, with the bits of the checkpoint, or else from the checkpoint."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from experts.messages import FETCH, REFUSED, WEIGHTS, Placement
+from experts.shard import ExpertShard
+from experts.siblings import checksum, sources_of
+from kernels.ops.expert_mlp import GatedWeights
+from kernels.transport.connect import connect
+from kernels.transport.endpoint import Endpoint
+from kernels.transport.errors import ChannelClosed
+from kernels.transport.tensors import as_bytes
+from tests.experts.dispatches import EXPERTS, FIRST_LAYER, LAYERS, SECRET, memory_address, placed
+
+TIMEOUT_S = 10.0
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def same_weights(ours: GatedWeights, theirs: GatedWeights) -> bool:
+    """Whether both have the same bits."""
+    return all(torch.equal(a, b) for a, b in zip(ours.plain(), theirs.plain(), strict=True))
+
+
+@pytest.fixture
+def old(shard_at) -> Callable[[torch.dtype], ExpertShard]:
+    """Makes a shard that holds everything, and serves."""
+
+    def make(dtype: torch.dtype) -> ExpertShard:
+        shard = shard_at("old", memory_address(), dtype)
+        shard.adopt(placed({"old": shard.address}))
+        shard.start()
+        return shard
+
+    return make
+
+
+def grown(old: ExpertShard, new: ExpertShard) -> tuple[Placement, Placement]:
+    """What is in force, and a newer placement over both shards."""
+    names = {"old": old.address, "new": new.address}
+    return placed({"old": old.address}, epoch=1), placed(names, epoch=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_new_shard_gets_its_experts_from_the_old_one(old, shard_at, dtype):
+    holder, new = old(dtype), shard_at("new", memory_address(), dtype)
+    in_force, placement = grown(holder, new)
+    new.adopt(placement, in_force=in_force)
+    wanted = placement.experts_of("new")
+    assert new.report().fetched_count == len(wanted) == LAYERS * EXPERTS // 2
+    for pair in wanted:
+        assert same_weights(new._holding.experts[pair], holder._holding.experts[pair])
+
+
+def test_what_a_sibling_does_not_hold_comes_from_the_checkpoint(old, shard_at):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    in_force, placement = grown(holder, new)
+    del holder._holding.experts[placement.experts_of("new")[0]]
+    new.adopt(placement, in_force=in_force)
+    assert new.report().fetched_count == LAYERS * EXPERTS // 2 - 1
+    assert new.report().experts_count == LAYERS * EXPERTS // 2
+
+
+def test_a_dead_sibling_is_not_waited_for_again_and_again(old, shard_at):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    in_force, placement = grown(holder, new)
+    holder.close()
+    new.adopt(placement, in_force=in_force)
+    assert new.report().fetched_count == 0 and new.report().experts_count == LAYERS * EXPERTS // 2
+
+
+def lies() -> dict[str, Callable]:
+    """What a sibling might send instead of the weights asked for."""
+
+    def altered(weights: GatedWeights) -> tuple:
+        parts = [as_bytes(part.clone()) for part in weights.plain()]
+        told = checksum(parts)
+        parts[0][0] ^= 1
+        return told, parts
+
+    def no_number(weights: GatedWeights) -> tuple:
+        gate_up, down = (part.clone() for part in weights.plain())
+        down[0, 0] = float("nan")
+        parts = [as_bytes(gate_up), as_bytes(down)]
+        return checksum(parts), parts
+
+    def short(weights: GatedWeights) -> tuple:
+        parts = [as_bytes(weights.plain()[0])]
+        return checksum(parts), parts
+
+    return {"altered": altered, "no number": no_number, "short": short}
+
+
+@pytest.mark.parametrize("lie", lies().values(), ids=lies())
+def test_weights_that_are_not_right_are_not_taken(lie, old, shard_at):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    weights = next(iter(holder._holding.experts.values()))
+
+    def answer(channel, frame) -> None:
+        told, parts = lie(weights)
+        channel.send(WEIGHTS, [frame.body[0], told], parts)
+
+    liar = Endpoint(memory_address(), SECRET, "liar", answer)
+    liar.start()
+    in_force = placed({"liar": liar.address})
+    new.adopt(placed({"new": new.address}, epoch=2), in_force=in_force)
+    liar.close()
+    assert new.report().fetched_count == 0
+    for pair, held in new._holding.experts.items():
+        assert same_weights(held, holder._holding.experts[pair])
+
+
+def test_a_fetch_of_what_is_not_here_is_refused_and_one_of_no_use_costs_the_channel(old):
+    channel = connect(old(torch.float32).address, SECRET, "sibling", TIMEOUT_S)
+    channel.send(FETCH, [7, FIRST_LAYER, EXPERTS])
+    frame = channel.receive(TIMEOUT_S)
+    assert frame.kind == REFUSED and frame.body[0] == 7
+    channel.send(FETCH, ["seven", FIRST_LAYER, 0])
+    with pytest.raises(ChannelClosed):
+        channel.receive(TIMEOUT_S)
+    channel.close()
+
+
+def test_sources_are_the_other_homes():
+    placement = placed({"a": "memory://a", "b": "memory://b"})
+    sources = sources_of([(FIRST_LAYER, 0), (FIRST_LAYER, EXPERTS - 1)], placement, "a")
+    assert sources == {(FIRST_LAYER, 0): [], (FIRST_LAYER, EXPERTS - 1): ["memory://b"]}
