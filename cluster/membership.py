@@ -126,11 +126,13 @@ class Membership:
         self._observed_s: dict[str, float] = {}
         self.problem = ""
         self._known_placement: Placement | None = None
+        self._asked_s = 0.0
         self._shards_changed_s = 0.0
         self._shard_names: tuple[str, ...] = ()
 
     def heartbeat(self, member: Member, now_s: float) -> View:
         """Take a member's word and tell it what everybody has said."""
+        self._forgive(now_s)
         self._forget_predecessor(member)
         self._learn(member, now_s)
         self._members[member.name] = replace(without_load(member), placement=None, epochs_known=frozenset())
@@ -146,6 +148,7 @@ class Membership:
 
     def view(self, now_s: float) -> View:
         """The members not silent for too long, and the placements."""
+        self._forgive(now_s)
         for name in [name for name, heard_s in self._heard_s.items() if now_s - heard_s > SILENT_S]:
             self.leave(name)
         members = tuple(sorted(self._members.values(), key=lambda member: member.name))
@@ -154,6 +157,12 @@ class Membership:
             no_experts = Placement(1, self._model.dense_layers_count, (), ())
             return View(members, no_experts, no_experts)
         return View(members, self.experts.placement, self.experts.in_force, nodes_epoch(members))
+
+    def _forgive(self, now_s: float) -> None:
+        """Where nobody at all was heard for a while, it was this process that stood still, not they."""
+        gap_s, self._asked_s = now_s - self._asked_s, now_s
+        if gap_s > LATE_S:
+            self._heard_s = {name: heard_s + gap_s for name, heard_s in self._heard_s.items()}
 
     def _forget_predecessor(self, member: Member) -> None:
         """Forget who had this member's address before it: only gateways share one."""

@@ -217,7 +217,17 @@ def test_silence_and_leaving(town):
     town.membership.leave("p")
     town.membership.leave("nobody")
     assert town.membership.view(town.now_s).of_kind("prefill") == ()
-    assert town.membership.view(town.now_s + 3.5).members == ()
+    views = [town.membership.view(town.now_s + beat * BEAT_S) for beat in range(1, 8)]
+    assert views[-3].members and views[-1].members == ()
+
+
+def test_a_coordinator_that_stood_still_forgets_nobody(town):
+    members = {member.name for member in town.turn().members}
+    town.now_s += 30.0
+    view = town.membership.heartbeat(town.members["d"], town.now_s)
+    assert {member.name for member in view.members} == members
+    del town.members["p"]
+    assert "p" not in {member.name for member in town.turn(8).members}, "who is silent now is forgotten"
 
 
 def test_ready_while_a_new_placement_spreads(town):
