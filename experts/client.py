@@ -56,6 +56,8 @@ class Call:
     order: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     parts: list[Part] = field(default_factory=list)
+    was_silent: bool = False
+    """Whether a shard was given up for its silence: the next may take its time, for it may have much to do."""
 
     def combine(self) -> torch.Tensor:
         """Wait for all shards and mix, `[tokens, hidden]` float32; raises ExpertsUnavailable."""
@@ -175,8 +177,9 @@ class RemoteExperts:
             raise
 
     def _receive(self, part: Part, call: Call) -> None:
-        """Wait for an answer, but not for a silent shard once others could give it."""
-        silence_end_s = min(time.monotonic() + self.config.silence_s, call.end_s)
+        """Wait for an answer, but not for a silent shard if others could give it."""
+        patience_s = call.end_s if call.was_silent else self.config.silence_s
+        silence_end_s = min(time.monotonic() + patience_s, call.end_s)
         while not part.done:
             if part.refusal is not None:
                 raise DispatchRefused(part.refusal)
@@ -188,6 +191,7 @@ class RemoteExperts:
                 if end_s == call.end_s or self._route.has_others(
                     call.layer, part.share.experts, {part.address, *self._down()}
                 ):
+                    call.was_silent = True
                     self._drop(part)
                     raise
             except ChannelError:

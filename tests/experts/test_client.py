@@ -452,3 +452,24 @@ def test_a_silent_shard_without_a_second_home_is_waited_for(scripted):
     call.combine()
     assert remote.retries_count == 0
     remote.close()
+
+
+def test_two_shards_that_are_slow_are_not_asked_in_turns_for_ever():
+    """Both need longer than silence is borne; the second is waited for."""
+    first, second = ScriptedShard(), ScriptedShard()
+    placement = replicated({"a": first.address, "b": second.address})
+    remote = RemoteExperts(DispatchConfig("node", SECRET, TIMEOUT_S, silence_s=0.1))
+    remote.adopt(placement)
+    for shard in (first, second):
+
+        def slowly(channel, frame, number, shard=shard) -> None:
+            if number == 1:
+                time.sleep(0.3)
+            shard.answer(channel, frame)
+
+        shard.script = slowly
+    remote.dispatch(1, *drawn_tokens(8)).combine()
+    assert remote.retries_count == 1
+    remote.close()
+    first.endpoint.close()
+    second.endpoint.close()
