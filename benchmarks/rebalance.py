@@ -145,7 +145,7 @@ async def move_again_and_again(client: Client) -> None:
             )
             for layer in experts.layers
         ]
-        await client.move_experts(layers)
+        await client.move_experts(layers, experts.placement_epoch)
         await until_still(client)
 
 

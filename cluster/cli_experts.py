@@ -97,7 +97,7 @@ async def move_experts(address: str, token: str | None, plan_file: Path, json_ou
     """Send a plan's homes."""
     wanted = read_plan(read_file(plan_file))
     async with Client(address, token) as client:
-        answer = await client.move_experts(wanted.layers)
+        answer = await client.move_experts(wanted.layers, wanted.placement_epoch)
     print(json.dumps(as_values(answer))) if json_output else console.print(plan_table(answer))
 
 

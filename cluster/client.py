@@ -104,10 +104,13 @@ class Client:
         return await self._call(self._experts.PlanExperts, trivium_pb2.PlanExpertsRequest(), timeout_s)
 
     async def move_experts(
-        self, layers: Sequence[trivium_pb2.LayerOfExperts], timeout_s: float = 30.0
+        self,
+        layers: Sequence[trivium_pb2.LayerOfExperts],
+        placement_epoch: int,
+        timeout_s: float = 30.0,
     ) -> trivium_pb2.ExpertsPlan:
-        """Move experts to the homes given; raises TriviumError."""
-        request = trivium_pb2.MoveExpertsRequest(layers=layers)
+        """Move experts from the placement in force to the homes given; raises TriviumError."""
+        request = trivium_pb2.MoveExpertsRequest(layers=layers, placement_epoch=placement_epoch)
         return await self._call(self._experts.MoveExperts, request, timeout_s)
 
     async def is_serving(self, timeout_s: float = 2.0) -> bool:

@@ -58,10 +58,10 @@ class Coordinator:
         except ExpertsMoving as error:
             return error
 
-    async def move_to(self, homes: Homes) -> Forecast | ExpertsMoving | ValueError:
-        """Rebalance to given homes, or say why not."""
+    async def move_to(self, homes: Homes, epoch: int) -> Forecast | ExpertsMoving | ValueError:
+        """Rebalance from the placement of an epoch to given homes, or say why not."""
         try:
-            return self._membership.experts.move_to(homes, time.monotonic())
+            return self._membership.experts.move_to(homes, epoch, time.monotonic())
         except (ExpertsMoving, ValueError) as error:
             return error
 

@@ -37,7 +37,7 @@ class ExpertsService(trivium_pb2_grpc.ExpertsServicer):
         self, request: trivium_pb2.MoveExpertsRequest, context: grpc.aio.ServicerContext
     ) -> trivium_pb2.ExpertsPlan:
         """Move experts while requests run."""
-        return to_plan(await self._ask(self._coordinator.move_to, to_homes(request)))
+        return to_plan(await self._ask(self._coordinator.move_to, to_homes(request), request.placement_epoch))
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         """What the coordinator answers; its refusals come back as values, typed."""
@@ -100,7 +100,8 @@ def to_experts(report: ExpertsReport) -> trivium_pb2.GetExpertsResponse:
 def to_plan(forecast: Forecast) -> trivium_pb2.ExpertsPlan:
     """A forecast as it goes over the wire."""
     return trivium_pb2.ExpertsPlan(
-        layers=to_layers(0, forecast.homes),
+        placement_epoch=forecast.epoch,
+        layers=to_layers(forecast.first_layer, forecast.homes),
         slowness_before=forecast.slowness_before,
         slowness_after=forecast.slowness_after,
         moves_count=forecast.moves_count,

@@ -50,14 +50,15 @@ class Heartbeat:
     async def announce(self) -> None:
         """Tell the coordinator how things are, now; what it answers is followed in its turn."""
         member = self._describe()
-        epochs_known = frozenset(placement.epoch for placement in self.view.placements)
+        before = self.view
+        epochs_known = frozenset(placement.epoch for placement in before.placements)
         member = replace(member, epochs_known=epochs_known)
-        if self.view.placement is None:  # the coordinator may have begun anew: tell it where things stand
+        if before.placement is None:  # the coordinator may have begun anew: tell it where things stand
             member = replace(member, placement=self._placement)
         answer = await self._answer(self._coordinator.heartbeat, member)
         self.is_answered = answer is not None
         if answer is not None:
-            self.view = answer.completed(self.view)
+            self.view = answer.completed(before)
             self._placement = self.view.placement_in_force or self._placement
             self._news.set()
 

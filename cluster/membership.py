@@ -14,6 +14,7 @@ SILENT_S = 3.0
 LATE_S = 1.5  # a shard that missed two heartbeats may be dead: no new placement until that is known
 SETTLE_S = 1.0
 EPOCH_MAX = 1 << 62
+TAKE_OVER_EPOCHS = 1 << 20
 OBSERVE_S = 0.4  # between one load taken from a shard and the next, however often it tells
 LOAD_HALF_LIFE_S = 60.0
 BURST_HALF_LIFE_S = 5.0
@@ -125,6 +126,7 @@ class Membership:
         self._heard_s: dict[str, float] = {}
         self._observed_s: dict[str, float] = {}
         self.problem = ""
+        self._impossible: tuple[ShardAddress, ...] | None = None
         self._known_placement: Placement | None = None
         self._asked_s = 0.0
         self._shards_changed_s = 0.0
@@ -156,7 +158,10 @@ class Membership:
         if not self._model.moe_layers:
             no_experts = Placement(1, self._model.dense_layers_count, (), ())
             return View(members, no_experts, no_experts)
-        return View(members, self.experts.placement, self.experts.in_force, nodes_epoch(members))
+        in_force = self.experts.in_force
+        # no shard may let go of anything before nodes are known to go by what is in force
+        epoch = min(nodes_epoch(members), in_force.epoch) if in_force is not None else 0
+        return View(members, self.experts.placement, in_force, epoch)
 
     def _forgive(self, now_s: float) -> None:
         """Where nobody at all was heard for a while, it was this process that stood still, not they."""
@@ -191,14 +196,13 @@ class Membership:
         if names != self._shard_names:
             self._shard_names, self._shards_changed_s = names, now_s
         seen_epoch = max(map(epoch_of, members), default=0)
-        if shards and self._is_settled(shards, seen_epoch, now_s):
-            try:
-                self._follow(shards, seen_epoch, now_s)
-                self.problem = ""
-            except PlacementImpossible as error:  # what is in force stays in force
-                self.problem = str(error)
         epochs = {member.name: epoch_of(member) for member in members}
-        self.experts.advance(epochs, nodes_epoch(members), now_s)
+        try:
+            if shards and self._is_settled(shards, seen_epoch, now_s):
+                self._follow(shards, seen_epoch, now_s)
+            self.experts.advance(epochs, nodes_epoch(members), now_s)
+        except PlacementImpossible as error:  # what is in force stays in force
+            self.problem, self._impossible = str(error), self._placed(shards)
 
     def _is_settled(self, shards: list[Member], seen_epoch: int, now_s: float) -> bool:
         if any(now_s - self._heard_s[shard.name] > LATE_S for shard in shards):
@@ -215,6 +219,11 @@ class Membership:
         addresses, placement = self._placed(shards), self.experts.placement
         if placement is not None and placement.shards == addresses and seen_epoch <= placement.epoch:
             return
+        if addresses == self._impossible:
+            return
+        self.problem, self._impossible = "", None
+        if placement is None and seen_epoch > 0:  # what an earlier coordinator gave out may be on its way
+            seen_epoch += TAKE_OVER_EPOCHS
         if placement is None and self._known_placement is not None:
             self.experts.begin(
                 self._known_placement, now_s
@@ -230,6 +239,7 @@ class Membership:
         """Shards that get experts, by name; if there are too many, those that have some already."""
         placement = self.experts.placement
         holding = {shard.name for shard in placement.shards} if placement else set()
+        shards = [shard for shard in shards if shard.name not in self.experts.laggards] or shards
         first = sorted(shards, key=lambda shard: (shard.name not in holding, shard.name))
         chosen = sorted(first[: self._model.routed_experts_count], key=lambda shard: shard.name)
         return tuple(ShardAddress(shard.name, shard.address, shard.host) for shard in chosen)

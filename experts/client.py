@@ -4,6 +4,7 @@ A dispatch changes nothing on a shard, so one that was refused or lost with its 
 by the newest placement, until the time allowed is over: at once where other shards hold all that it needs.
 """
 
+import contextlib
 import itertools
 import threading
 import time
@@ -27,7 +28,9 @@ from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
 
 RETRY_S = 0.05
-DOWN_S = 1.0  # a shard that failed is passed over so long, if others hold what is needed
+DOWN_S = 4.0  # a shard that failed is passed over so long, and twice as long each time it fails again
+DOWN_MAX_S = 60.0
+SHARDS_MAX = 1 << 16
 CONNECT_TIMEOUT_S = 2.0
 
 
@@ -56,8 +59,8 @@ class Call:
     order: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     parts: list[Part] = field(default_factory=list)
-    was_silent: bool = False
-    """Whether a shard was given up for its silence: the next may take its time, for it may have much to do."""
+    silences_count: int = 0
+    """Shards given up for their silence: the next may be silent twice as long, it may have much to do."""
 
     def combine(self) -> torch.Tensor:
         """Wait for all shards and mix, `[tokens, hidden]` float32; raises ExpertsUnavailable."""
@@ -74,6 +77,7 @@ class RemoteExperts:
         self._placed = threading.Condition()
         self._channels: dict[str, StreamChannel] = {}
         self._down_until_s: dict[str, float] = {}
+        self._failures_counts: dict[str, int] = {}
         self._parts: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()  # of living calls
         self._call_ids: Iterator[int] = itertools.count(1)
         self.retries_count = 0
@@ -116,7 +120,7 @@ class RemoteExperts:
                     raise ExpertsUnavailable(
                         f"layer {call.layer}: no answer within {self.config.timeout_s} s: {error}"
                     ) from error
-                if isinstance(error, DispatchRefused) or not self._others_hold(call):
+                if not self._others_hold(call):
                     time.sleep(RETRY_S)
             finally:
                 call.parts = []
@@ -143,14 +147,11 @@ class RemoteExperts:
         # all channels first: nobody computes in vain for a call of which one shard cannot be reached
         call.parts = [self._part(route.addresses[share.shard], share, call) for share in shares]
         for part in call.parts:
-            self._send_part(part, call, route, call_id * len(route.addresses) + part.share.shard)
+            self._send_part(part, call, route, call_id * SHARDS_MAX + part.share.shard)
         for part in call.parts:
-            if part.channel.has_pending:
-                try:
-                    part.channel.flush(max(call.end_s - time.monotonic(), 0))
-                except ChannelError:
-                    self._drop(part)
-                    raise
+            while part.channel.has_pending:
+                with self._patience(part, call) as patience_s:
+                    part.channel.flush(patience_s)
 
     def _part(self, address: str, share: ShardSlots, call: Call) -> Part:
         channel = self._channels.get(address)
@@ -159,7 +160,7 @@ class RemoteExperts:
             try:
                 channel = connect(address, self.config.secret, self.config.name, timeout_s)
             except ChannelError:
-                self._down_until_s[address] = time.monotonic() + DOWN_S
+                self._pass_over(address)
                 raise
             self._channels[address] = channel
         return Part(address, channel, share, call.outputs[share.slots])
@@ -177,33 +178,44 @@ class RemoteExperts:
             raise
 
     def _receive(self, part: Part, call: Call) -> None:
-        """Wait for an answer, but not for a silent shard if others could give it."""
-        patience_s = call.end_s if call.was_silent else self.config.silence_s
-        silence_end_s = min(time.monotonic() + patience_s, call.end_s)
         while not part.done:
             if part.refusal is not None:
+                self._pass_over(part.address)
                 raise DispatchRefused(part.refusal)
-            now_s = time.monotonic()
-            end_s = silence_end_s if now_s < silence_end_s else call.end_s
-            try:
-                self._accept(part.channel.receive(max(end_s - now_s, 0), self._choose_buffers))
-            except ChannelTimeout:
-                if end_s == call.end_s or self._route.has_others(
-                    call.layer, part.share.experts, {part.address, *self._down()}
-                ):
-                    call.was_silent = True
-                    self._drop(part)
-                    raise
-            except ChannelError:
-                self._drop(part)
-                raise
+            with self._patience(part, call) as patience_s:
+                self._accept(part.channel.receive(patience_s, self._choose_buffers))
+
+    @contextlib.contextmanager
+    def _patience(self, part: Part, call: Call) -> Iterator[float]:
+        """Seconds to wait for a shard; ends quietly, to wait again, while nobody else could answer."""
+        left_s = max(call.end_s - time.monotonic(), 0)
+        try:
+            yield min(self.config.silence_s * 2**call.silences_count, left_s)
+        except ChannelTimeout:
+            down = {part.address, *self._down()}
+            if time.monotonic() < call.end_s:
+                if not self._route.has_others(call.layer, part.share.experts, down):
+                    return
+                call.silences_count += 1
+            self._drop(part)
+            raise
+        except ChannelError:
+            self._drop(part)
+            raise
 
     def _drop(self, part: Part) -> None:
         """Close a channel that failed; other calls on it then find it closed and are sent anew too."""
-        self._down_until_s[part.address] = time.monotonic() + DOWN_S
+        self._pass_over(part.address)
         part.channel.close()
         if self._channels.get(part.address) is part.channel:
             del self._channels[part.address]
+
+    def _pass_over(self, address: str) -> None:
+        """Ask a shard that failed only for what nobody else holds, for longer each time it fails again."""
+        failures_count = self._failures_counts.get(address, 0)
+        self._failures_counts[address] = failures_count + 1
+        down_s = min(DOWN_S * 2 ** min(failures_count, 8), DOWN_MAX_S)
+        self._down_until_s[address] = time.monotonic() + down_s
 
     def _down(self) -> set[str]:
         """Shards that failed a moment ago."""
@@ -238,6 +250,7 @@ class RemoteExperts:
             part.refusal = str(frame.body[-1])
         else:
             part.done = True
+            self._failures_counts.pop(part.address, None)
 
     def _part_of(self, body: Any) -> Part | None:
         match body:
@@ -250,6 +263,8 @@ class RemoteExperts:
         if len(self._channels) <= len(route.addresses):
             return
         waiting = {part.address for part in self._parts.values() if not part.done}
+        for address in self._failures_counts.keys() - set(route.addresses):
+            del self._failures_counts[address]
         for address in self._channels.keys() - waiting - set(route.addresses):
             self._channels.pop(address).close()
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BURST_SLOTS_MIN = 10  # for each expert on average
+
 
 class ExpertLoad:
     """Slots computed for each MoE layer and expert, counted since the beginning."""
@@ -62,6 +64,8 @@ class RecentLoad:
     def shares(self) -> np.ndarray:
         """What to expect of each expert, `[layers, experts]`: about 1 in each layer, 0 if nothing came."""
         sums = self._memories.sum(axis=2, keepdims=True)
+        few = sums[1] < BURST_SLOTS_MIN * self._memories.shape[2]
+        sums[1][few] = 0  # a few tokens are no burst
         return np.divide(self._memories, sums, out=np.zeros_like(self._memories), where=sums > 0).max(axis=0)
 
     def _forget(self, now_s: float) -> None:

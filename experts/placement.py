@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from experts.messages import Placement, ShardAddress
+from experts.messages import Homes, Placement, ShardAddress
 
 
 def even_homes(shards_count: int, experts_count: int, replicas_count: int = 1) -> tuple[tuple[int, ...], ...]:
@@ -17,6 +17,34 @@ def even_homes(shards_count: int, experts_count: int, replicas_count: int = 1) -
             )
         )
         for expert in range(experts_count)
+    )
+
+
+def filled(homes: Homes, shards_count: int, replicas_count: int) -> Homes:
+    """The same homes, with more for experts that have too few: each on the shard that then holds fewest."""
+    return tuple(_filled_layer(layer, shards_count, replicas_count) for layer in homes)
+
+
+def _filled_layer(
+    layer: tuple[tuple[int, ...], ...], shards_count: int, replicas_count: int
+) -> tuple[tuple[int, ...], ...]:
+    held = [sum(shard in home for home in layer) for shard in range(shards_count)]
+    filled_homes = []
+    for home in layer:
+        while len(home) < replicas_count:
+            others = (shard for shard in range(shards_count) if shard not in home)
+            fewest = min(others, key=lambda shard: (held[shard], shard))
+            held[fewest] += 1
+            home = tuple(sorted((*home, fewest)))
+        filled_homes.append(home)
+    return tuple(filled_homes)
+
+
+def with_homes(kept: Homes, target: Homes) -> Homes:
+    """What was kept, and the target's homes for experts that have none."""
+    return tuple(
+        tuple(home or new for home, new in zip(homes, goal, strict=True))
+        for homes, goal in zip(kept, target, strict=True)
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from experts.config import PlanConfig
 from experts.messages import Homes, ShardAddress
-from experts.placement import even_homes
+from experts.placement import even_homes, filled
 from experts.solve_placement import ShardRoom, solve_placement, warm_up
 from kernels.model.config import ModelConfig
 
@@ -32,12 +32,14 @@ class Planner:
 
     def __call__(self, load: np.ndarray, shards: tuple[ShardAddress, ...], current: Homes | None) -> Homes:
         """Homes for `load [layers, experts]`; raises PlacementImpossible for shards with too little room."""
-        replicas_min = min(self.config.replicas_min, len(shards))
         slots_count = self.slots_count(len(shards))
+        # after a death there may be room for fewer replicas than wished for: better fewer than none
+        possible = max(slots_count * len(shards) // self._experts_count, 1)
+        replicas_min = min(self.config.replicas_min, len(shards), possible)
         if not self.is_ready:
-            spare = slots_count * len(shards) >= self._experts_count * replicas_min
-            homes = even_homes(len(shards), self._experts_count, replicas_min if spare else 1)
-            return (homes,) * self._layers_count
+            if current is not None:
+                return filled(current, len(shards), replicas_min)
+            return (even_homes(len(shards), self._experts_count, replicas_min),) * self._layers_count
         rooms = [ShardRoom(shard.host, slots_count) for shard in shards]
         plan = solve_placement(load, rooms, current, replicas_min, self._groups_count)
         return plan.homes

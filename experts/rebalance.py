@@ -15,9 +15,12 @@ from experts.balance import balance_of, shard_loads
 from experts.errors import ExpertsMoving
 from experts.load import RecentLoad
 from experts.messages import Homes, Placement, ShardAddress
+from experts.placement import with_homes
 from experts.report import ExpertsReport
 
-SLOTS_MIN = 1000  # of load, before anything is concluded from it
+SLOTS_MIN = 1000  # of load, before anything is concluded from it,
+SLOTS_PER_SHARD_MIN = 50  # and so many for each layer and shard: the fullest of many looks full by chance
+PAUSE_MAX_S = 3600.0
 Solve = Callable[[np.ndarray, tuple[ShardAddress, ...], Homes], Homes]
 """(load [layers, experts], shards, homes in force, which may be none for an expert) to new homes."""
 
@@ -35,8 +38,10 @@ class RebalanceConfig:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a rebalance would do: moves are replicas to load."""
+    """What a rebalance would do from the placement of an epoch: moves are replicas to load."""
 
+    epoch: int
+    first_layer: int
     homes: Homes
     slowness_before: float
     slowness_after: float
@@ -76,10 +81,13 @@ class Rebalance:
         self.rebalances_count = 0
         self.rollbacks_count = 0
         self.stalls_count = 0
+        self.laggards: set[str] = set()
+        """Shards that did not load what they were given, and hold nothing that is in force."""
         self._expert_bytes = expert_bytes
         self._steps: deque[Homes] = deque()
         self._given_out_s = 0.0
         self._rest_until_s = 0.0
+        self._pause_s = config.pause_s
         self._trial: Trial | None = None
         self._slots: dict[str, np.ndarray] = {}
         self._bytes_per_s: float | None = None
@@ -108,6 +116,8 @@ class Rebalance:
         kept = homes_among(self.placement, shards)
         target = self.solve(self.load.shares(), shards, kept)
         base = with_homes(kept, target)
+        if {shard.name for shard in shards} == {shard.name for shard in self.placement.shards}:
+            target = base  # nobody came or went: whether to move is for the load to say
         self._steps = deque(steps_between(base, target, self._expert_bytes, self.config.step_bytes_max))
         epoch = 1 + max(self.placement.epoch, seen_epoch)
         self._give_out(Placement(epoch, self.placement.first_layer, shards, base), now_s)
@@ -118,9 +128,11 @@ class Rebalance:
         homes = self.solve(self.load.shares(), self.in_force.shards, self.in_force.homes)
         return self._forecast(homes)
 
-    def move_to(self, homes: Homes, now_s: float) -> Forecast:
-        """Rebalance now to given homes; raises ExpertsMoving, or ValueError for homes that do not fit."""
+    def move_to(self, homes: Homes, epoch: int, now_s: float) -> Forecast:
+        """Rebalance now, from the placement of an epoch; raises ExpertsMoving, or ValueError for a misfit."""
         self._check_still()
+        if epoch != self.in_force.epoch:
+            raise ValueError(f"the plan is for placement {epoch}, but {self.in_force.epoch} is in force")
         check_homes(homes, self.in_force)
         forecast = self._forecast(homes)
         self._start(forecast, now_s)
@@ -152,7 +164,7 @@ class Rebalance:
             if all(epochs.get(shard.name) == self.placement.epoch for shard in self.placement.shards):
                 self._arrive(now_s)
             elif now_s - self._given_out_s > self.config.stall_s:
-                self._give_up(now_s)
+                self._give_up(epochs, now_s)
         elif nodes_epoch >= self.placement.epoch:
             if self._steps:
                 self._give_out(self._next(self._steps.popleft()), now_s)
@@ -169,31 +181,35 @@ class Rebalance:
             self._trial.slots_before = self._computed()
             loading_s = max(now_s - self._trial.begin_s, 1e-3)
             self._bytes_per_s = max(self._trial.forecast.bytes_count, 1) / loading_s
-            self._rest_until_s = now_s + self.config.pause_s
+            self._rest_until_s = now_s + self._pause_s
 
-    def _give_up(self, now_s: float) -> None:
+    def _give_up(self, epochs: Mapping[str, int], now_s: float) -> None:
         """Some shard does not load: raise the alarm, and go back to what works where that is possible."""
+        late = {
+            shard.name for shard in self.placement.shards if epochs.get(shard.name) != self.placement.epoch
+        }
+        serving = {shard.name for shard in self.in_force.shards} if self.in_force else set()
+        self.laggards = late - serving
         self.stalls_count += 1
         self.is_stalled = True
         self._steps.clear()
         self._trial = None
         self._given_out_s = now_s
-        self._rest_until_s = now_s + self.config.pause_s
+        self._rest_until_s = now_s + self._pause_s
         back = self.in_force
         if back is not None and back.shards == self.placement.shards and back.homes != self.placement.homes:
             self._give_out(self._next(back.homes), now_s)
 
     def _consider(self, now_s: float) -> None:
         """Judge the last rebalance, then see whether another is worth it."""
-        self._rest_until_s = now_s + self.config.pause_s
+        self._rest_until_s = now_s + self._pause_s
         if self._trial is not None:
             if not self._is_proved(self._trial):
                 return
             self._trial = None
-        if (
-            self.load.slots_count < SLOTS_MIN
-            or self._slowness(self.in_force.homes) <= self.config.slowness_max
-        ):
+        if self.load.slots_count < self._slots_min:
+            return
+        if self._slowness(self.in_force.homes) <= self.config.slowness_max:
             return
         forecast = self.forecast()
         if forecast.gain >= self.config.gain_min:
@@ -207,12 +223,14 @@ class Rebalance:
         if (slots < 0).any():  # a shard began anew, and counts from zero
             trial.slots_before = self._computed()
             return False
-        if slots.sum() < SLOTS_MIN:
+        if slots.sum() < self._slots_min:
             return False
         measured = balance_of(slots).slowness
         forecast = trial.forecast
         if forecast.slowness_before / measured - 1 >= forecast.gain / 2:
+            self._pause_s = self.config.pause_s
             return True
+        self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)  # else the same load would ask for the same again
         self.rollbacks_count += 1
         self._trial = None
         self._go(trial.before)
@@ -234,6 +252,8 @@ class Rebalance:
         bytes_count = moves_count * self._expert_bytes
         limits = (self._expert_bytes, self.config.step_bytes_max)
         return Forecast(
+            self.in_force.epoch,
+            self.in_force.first_layer,
             homes,
             self._slowness(self.in_force.homes),
             self._slowness(homes),
@@ -242,6 +262,11 @@ class Rebalance:
             sum(1 for _ in steps_between(self.in_force.homes, homes, *limits)),
             bytes_count / self._bytes_per_s if self._bytes_per_s else None,
         )
+
+    @property
+    def _slots_min(self) -> int:
+        shards_count, layers_count = len(self.in_force.shards), len(self.in_force.homes)
+        return max(SLOTS_MIN, SLOTS_PER_SHARD_MIN * layers_count * shards_count)
 
     def _slowness(self, homes: Homes) -> float:
         return balance_of(shard_loads(self.load.shares(), homes, len(self.in_force.shards))).slowness
@@ -269,14 +294,6 @@ def homes_among(placement: Placement, shards: tuple[ShardAddress, ...]) -> Homes
             tuple(sorted(index_of[shard] for shard in home if index_of[shard] is not None)) for home in homes
         )
         for homes in placement.homes
-    )
-
-
-def with_homes(kept: Homes, target: Homes) -> Homes:
-    """What was kept, and the target's homes for experts that have none."""
-    return tuple(
-        tuple(home or new for home, new in zip(homes, goal, strict=True))
-        for homes, goal in zip(kept, target, strict=True)
     )
 
 

@@ -41,8 +41,14 @@ class Route:
         self._ends: list[np.ndarray] = []
         self._homes: list[np.ndarray] = []
         for homes in placement.homes:
-            self._ends.append(np.cumsum([0, *map(len, homes)], dtype=np.int64))
-            self._homes.append(np.array([shard for home in homes for shard in home], np.int64))
+            counts = np.fromiter(map(len, homes), np.int64, len(homes))
+            shards = np.array([shard for home in homes for shard in home], np.int64)
+            if (counts < 1).any() or ((shards < 0) | (shards >= len(self.addresses))).any():
+                raise ValueError(
+                    "a placement leaves an expert without a home, or names shards that are not there"
+                )
+            self._ends.append(np.concatenate([[0], np.cumsum(counts)]))
+            self._homes.append(shards)
 
     def split(
         self, layer: int, expert_ids: torch.Tensor, call_id: int, down: Collection[str] = ()
@@ -52,6 +58,8 @@ class Route:
         Shards whose addresses are `down` get only what has no other home.
         """
         index = layer - self._first_layer
+        if not 0 <= index < len(self._ends):
+            raise ValueError(f"layer {layer} has no experts in the placement")
         flat = expert_ids.contiguous().view(-1).numpy()
         is_up = np.array([address not in down for address in self.addresses], np.bool_)
         order, rows, tokens, runs, ends = _split(

@@ -103,17 +103,18 @@ class ExpertShard:
         wanted = placement.experts_of(self.config.name)
         missing = [expert for expert in wanted if expert not in held]
         if in_force is not None:
-            held |= self._fetched(missing, in_force)
+            alive = {shard.name for shard in placement.shards} - {self.config.name}
+            held |= self._fetched(sources_of(missing, in_force, alive))
         missing = [expert for expert in missing if expert not in held]
         held |= load_experts(self._checkpoint, missing, self._dtype, on_progress)
         experts = {expert: held.pop(expert) for expert in wanted}
         self._holding = Holding(placement.epoch, experts, leaving=held)
 
-    def _fetched(self, experts: list[tuple[int, int]], in_force: Placement) -> ExpertWeights:
+    def _fetched(self, sources: dict[tuple[int, int], list[str]]) -> ExpertWeights:
         model = self._checkpoint.config
         siblings = Siblings(self.config, model.hidden_size, model.moe_intermediate_size, self._dtype)
         try:
-            held = siblings.fetch(sources_of(experts, in_force, self.config.name))
+            held = siblings.fetch(sources)
         finally:
             siblings.close()
         self._fetched_count += len(held)

@@ -2,7 +2,7 @@
 
 import itertools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,19 +18,19 @@ from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
 
 CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
-FETCH_TIMEOUT_S = 30.0
+FETCH_TIMEOUT_S = 5.0
 
 
 def sources_of(
-    experts: Iterable[tuple[int, int]], placement: Placement, name: str
+    experts: Iterable[tuple[int, int]], placement: Placement, names: Set[str]
 ) -> dict[tuple[int, int], list[str]]:
-    """Addresses of shards that hold each of some (layer, expert) pairs, without the one called `name`."""
+    """Addresses of the shards, among those called `names`, that hold each of some (layer, expert) pairs."""
     first_layer = placement.first_layer
     return {
         (layer, expert): [
             placement.shards[home].address
             for home in placement.homes[layer - first_layer][expert]
-            if placement.shards[home].name != name
+            if placement.shards[home].name in names
         ]
         for layer, expert in experts
     }

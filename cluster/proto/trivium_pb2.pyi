@@ -345,13 +345,15 @@ class PlanExpertsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MoveExpertsRequest(_message.Message):
-    __slots__ = ("layers",)
+    __slots__ = ("layers", "placement_epoch")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedCompositeFieldContainer[LayerOfExperts]
-    def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ...) -> None: ...
+    placement_epoch: int
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ..., placement_epoch: _Optional[int] = ...) -> None: ...
 
 class ExpertsPlan(_message.Message):
-    __slots__ = ("layers", "slowness_before", "slowness_after", "moves_count", "bytes_count", "steps_count", "time_s")
+    __slots__ = ("layers", "slowness_before", "slowness_after", "moves_count", "bytes_count", "steps_count", "time_s", "placement_epoch")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SLOWNESS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     SLOWNESS_AFTER_FIELD_NUMBER: _ClassVar[int]
@@ -359,6 +361,7 @@ class ExpertsPlan(_message.Message):
     BYTES_COUNT_FIELD_NUMBER: _ClassVar[int]
     STEPS_COUNT_FIELD_NUMBER: _ClassVar[int]
     TIME_S_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedCompositeFieldContainer[LayerOfExperts]
     slowness_before: float
     slowness_after: float
@@ -366,4 +369,5 @@ class ExpertsPlan(_message.Message):
     bytes_count: int
     steps_count: int
     time_s: float
-    def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ..., slowness_before: _Optional[float] = ..., slowness_after: _Optional[float] = ..., moves_count: _Optional[int] = ..., bytes_count: _Optional[int] = ..., steps_count: _Optional[int] = ..., time_s: _Optional[float] = ...) -> None: ...
+    placement_epoch: int
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ..., slowness_before: _Optional[float] = ..., slowness_after: _Optional[float] = ..., moves_count: _Optional[int] = ..., bytes_count: _Optional[int] = ..., steps_count: _Optional[int] = ..., time_s: _Optional[float] = ..., placement_epoch: _Optional[int] = ...) -> None: ...

@@ -58,7 +58,7 @@ class Coordinator:
             self.rebalance.observe("a", tuple(map(tuple, total.tolist())), now_s)
         self.experts = Answering(self.rebalance.report)
         self.forecast = Answering(self.rebalance.forecast)
-        self.move_to = Answering(lambda homes: self.rebalance.move_to(homes, 2.0))
+        self.move_to = Answering(lambda homes, epoch: self.rebalance.move_to(homes, epoch, 2.0))
 
     def settle(self, now_s: float) -> None:
         """Everybody follows until nothing moves."""
@@ -140,7 +140,7 @@ def test_a_plan_is_shown_kept_and_acted_upon(address, coordinator, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"layers": []}', "the plan is for another model"),
+        ('{"layers": [], "placement_epoch": 1}', "the plan is for another model"),
         ("[]", "this is not a plan of experts"),
         ("no json", "this is not a plan of experts"),
         ('{"surprise": 1}', "this is not a plan of experts"),
@@ -166,8 +166,10 @@ def test_errors_are_typed(address, coordinator):
             with pytest.raises(InvalidRequest, match="homes"):
                 broken = read_plan(json.dumps(as_values(plan)))
                 broken.layers[0].homes[0].shards[:] = [7]
-                await client.move_experts(broken.layers)
-            await client.move_experts(plan.layers)
+                await client.move_experts(broken.layers, broken.placement_epoch)
+            with pytest.raises(InvalidRequest, match="the plan is for placement 9"):
+                await client.move_experts(plan.layers, 9)
+            await client.move_experts(plan.layers, plan.placement_epoch)
             with pytest.raises(NodeUnavailable) as caught:
                 await client.plan_experts()
             assert caught.value.retry_after_s == 5.0

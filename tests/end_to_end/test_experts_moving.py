@@ -74,11 +74,13 @@ def shuffled_homes(experts: trivium_pb2.GetExpertsResponse, chance: random.Rando
     return layers
 
 
-async def moved(client: Client, layers: list) -> None:
+async def moved(client: Client, chance: random.Random) -> None:
     """Move experts and wait until they have arrived."""
     while True:
+        experts = await client.get_experts()
+        layers = shuffled_homes(experts, chance)
         try:
-            await client.move_experts(layers)
+            await client.move_experts(layers, experts.placement_epoch)
             break
         except NodeUnavailable:  # the move before is not over
             await asyncio.sleep(0.05)
@@ -104,7 +106,7 @@ def test_ten_moves_and_a_shard_more_and_less(stage, checkpoint):
     async def disturb(client: Client) -> None:
         epoch = (await client.get_experts()).placement_epoch
         for _ in range(MOVES_COUNT):
-            await moved(client, shuffled_homes(await client.get_experts(), chance))
+            await moved(client, chance)
         for count in (3, 2):
             stage.scale("experts", count)
             assert await asyncio.to_thread(

@@ -473,3 +473,55 @@ def test_two_shards_that_are_slow_are_not_asked_in_turns_for_ever():
     remote.close()
     first.endpoint.close()
     second.endpoint.close()
+
+
+def test_a_hung_shard_is_left_as_soon_as_its_experts_are_elsewhere(shard_at, scripted, local):
+    """It alone held them; while a node waits, a newer placement gives them to another."""
+    good = shard_at("b", memory_address())
+    moved = placed({"b": good.address}, epoch=2)
+    good.adopt(moved)
+    good.start()
+    remote = RemoteExperts(DispatchConfig("node", SECRET, TIMEOUT_S, silence_s=SOON_S))
+    remote.adopt(placed({"a": scripted.address}))
+    tokens = drawn_tokens(8)
+    call = remote.dispatch(1, *tokens)
+    thread = later(lambda: remote.adopt(moved))
+    begin_s = time.monotonic()
+    assert torch.equal(call.combine(), local.dispatch(1, *tokens).combine())
+    assert time.monotonic() - begin_s < TIMEOUT_S / 2
+    thread.join()
+    remote.close()
+
+
+def test_a_shard_that_takes_no_bytes_is_left_where_another_holds_all(shard_at, sockets, local):
+    """Its socket is there, but nobody reads: more than the socket holds can never be sent."""
+    deaf = Endpoint(f"unix://{sockets}/deaf", SECRET, "deaf", lambda channel, frame: None)
+    good = shard_at("b", memory_address())
+    placement = replicated({"a": deaf.address, "b": good.address})
+    good.adopt(placement)
+    good.start()
+    remote = RemoteExperts(DispatchConfig("node", SECRET, TIMEOUT_S, silence_s=SOON_S))
+    remote.adopt(placement)
+    greeter = threading.Timer(LATE_S, lambda: deaf.poll(0.1))  # takes the hello, and reads no more
+    greeter.start()
+    tokens = drawn_tokens(20_000)
+    begin_s = time.monotonic()
+    assert torch.equal(remote.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
+    assert time.monotonic() - begin_s < TIMEOUT_S
+    greeter.join()
+    remote.close()
+    deaf.close()
+
+
+def test_a_shard_that_refuses_is_left_where_another_holds_all(shard_at, scripted, local):
+    scripted.script = lambda channel, frame, _: scripted.refuse(channel, frame)
+    good = shard_at("b", memory_address())
+    placement = replicated({"a": scripted.address, "b": good.address})
+    good.adopt(placement)
+    good.start()
+    remote = RemoteExperts(DispatchConfig("node", SECRET, TIMEOUT_S))
+    remote.adopt(placement)
+    tokens = drawn_tokens(8)
+    assert torch.equal(remote.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
+    assert remote.retries_count == 1 and len(scripted.frames) == 1
+    remote.close()

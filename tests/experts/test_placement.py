@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.messages import ShardAddress
-from experts.placement import even_placement
+from experts.placement import even_homes, even_placement, filled
 
 
 def addresses(count: int) -> list[ShardAddress]:
@@ -47,3 +47,14 @@ def test_a_stranger_holds_nothing():
 def test_too_few_or_too_many_shards_are_refused(shards_count):
     with pytest.raises(ValueError, match=f"{shards_count} shards for 16 experts: there must be 1 to 16"):
         even_placement(addresses(shards_count), 1, 2, 16, 1)
+
+
+def test_who_has_no_home_gets_one_where_fewest_are():
+    assert filled((((0,), (), (), (1,)),), 3, 1) == (((0,), (2,), (0,), (1,)),)
+    assert filled((((0,), (0, 1)),), 3, 2) == (((0, 2), (0, 1)),)
+
+
+@given(shards_count=st.integers(1, 9), experts_count=st.integers(1, 40), replicas_count=st.integers(1, 9))
+def test_even_homes_have_their_replicas_on_different_shards(shards_count, experts_count, replicas_count):
+    for home in even_homes(shards_count, experts_count, replicas_count):
+        assert len(home) == min(replicas_count, shards_count) and list(home) == sorted(set(home))

@@ -60,3 +60,19 @@ def test_spare_replicas_go_to_hot_experts_once_the_search_is_there():
 def test_too_little_memory_is_named():
     with pytest.raises(PlacementImpossible, match="too few"):
         planner(slots_max=3)(np.ones((LAYERS, EXPERTS)), shards(2), None)
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_where_survivors_have_room_for_fewer_replicas_they_get_fewer(is_ready):
+    plan = planner(is_ready, replicas_min=2, slots_max=12)
+    homes = plan(np.ones((LAYERS, EXPERTS)), shards(3), None)
+    assert min(len(home) for layer in homes for home in layer) == 2
+    survivors = plan(np.ones((LAYERS, EXPERTS)), shards(2), None)
+    assert min(len(home) for layer in survivors for home in layer) == 1
+
+
+def test_before_the_search_is_there_experts_stay_where_they_are():
+    current = ((((1,),) * 8 + ((),) * 8),) * LAYERS
+    homes = planner(is_ready=False)(np.zeros((LAYERS, EXPERTS)), shards(3), current)
+    assert all(home == (1,) for layer in homes for home in layer[:8])
+    assert {home for layer in homes for home in layer[8:]} == {(0,), (2,)}

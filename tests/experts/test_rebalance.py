@@ -12,7 +12,7 @@ from experts.config import PlanConfig
 from experts.errors import ExpertsMoving
 from experts.load import RecentLoad
 from experts.messages import Homes, Placement, ShardAddress
-from experts.placement import even_homes
+from experts.placement import even_homes, with_homes
 from experts.plan import Planner
 from experts.rebalance import (
     SLOTS_MIN,
@@ -22,7 +22,6 @@ from experts.rebalance import (
     homes_among,
     moves_between,
     steps_between,
-    with_homes,
 )
 
 EXPERT_BYTES = 10
@@ -194,9 +193,9 @@ def test_a_person_may_look_before_and_move_at_will():
     assert forecast.gain > 0.9 and forecast.slowness_before > 1.9 > 1.01 > forecast.slowness_after
     assert forecast.bytes_count == forecast.moves_count * EXPERT_BYTES
     assert forecast.steps_count == 2 and forecast.time_s is None
-    group.rebalance.move_to(forecast.homes, group.now_s)
+    group.rebalance.move_to(forecast.homes, forecast.epoch, group.now_s)
     with pytest.raises(ExpertsMoving, match="ask again"):
-        group.rebalance.move_to(forecast.homes, group.now_s)
+        group.rebalance.move_to(forecast.homes, forecast.epoch, group.now_s)
     group.turn(4, SKEWED)
     assert group.rebalance.in_force.homes == forecast.homes
     assert group.rebalance.forecast().time_s is not None, "how long moves take has been seen"
@@ -225,7 +224,7 @@ def test_the_report_is_of_what_is_in_force():
 def test_homes_that_do_not_fit_are_refused(wrong):
     group = Group()
     with pytest.raises(ValueError):
-        group.rebalance.move_to(wrong(group.rebalance.in_force.homes), group.now_s)
+        group.rebalance.move_to(wrong(group.rebalance.in_force.homes), 1, group.now_s)
 
 
 def homes_of(shards_count: int, layers_count: int, experts_count: int) -> st.SearchStrategy[Homes]:
@@ -275,7 +274,8 @@ def test_whatever_happens_no_expert_is_ever_without_a_home(data):
             case "wish":
                 if not group.rebalance.is_moving:
                     shards_count = len(group.rebalance.in_force.shards)
-                    group.rebalance.move_to(data.draw(homes_of(shards_count, 1, 6)), group.now_s)
+                    epoch = group.rebalance.in_force.epoch
+                    group.rebalance.move_to(data.draw(homes_of(shards_count, 1, 6)), epoch, group.now_s)
         group.turn(data.draw(st.integers(0, 4)))
     group.deaf = set()
     group.turn(20)
@@ -287,3 +287,41 @@ def test_homes_are_followed_by_name():
     assert homes_among(placement, addresses("cb")) == (((), (0, 1), (0,)),)
     assert with_homes((((), (0, 1), (0,)),), (((1,), (0,), (1,)),)) == (((1,), (0, 1), (0,)),)
     assert replace(placement, epoch=2) != placement
+
+
+def test_a_newcomer_that_never_loads_is_told_of():
+    group = Group("ab", stall_s=5.0)
+    group.deaf = {"c"}
+    group.rebalance.go_on_with(addresses("abc"), 0, group.now_s)
+    group.turn(12)
+    assert group.rebalance.laggards == {"c"} and group.rebalance.is_stalled
+    group.rebalance.go_on_with(addresses("ab"), 0, group.now_s)
+    group.turn(2)
+    assert [shard.name for shard in group.rebalance.in_force.shards] == ["a", "b"]
+    assert not group.rebalance.is_stalled
+
+
+def test_little_even_traffic_on_many_experts_moves_nothing():
+    """Some tokens a second on 64 experts and 8 shards look uneven by chance alone."""
+    group = Group("abcdefgh", 6, 64, pause_s=10.0)
+    chance = np.random.default_rng(5)
+    for _ in range(600):
+        tokens = chance.multinomial(8, np.full(64, 1 / 64), size=6)
+        group.turn(1, tokens)
+    assert group.rebalance.rebalances_count <= 1
+
+
+def test_after_a_rollback_the_next_try_comes_later():
+    group = Group(pause_s=5.0)
+    group.turn(1, SKEWED)
+    while group.rebalance.rebalances_count == 0 or group.rebalance.is_moving:
+        group.turn(1, SKEWED)
+    hot = np.array([[home == (0,) for home in layer] for layer in group.rebalance.in_force.homes])
+    group.turn(12, np.where(hot, 400, 10))
+    assert group.rebalance.rollbacks_count == 1 and group.rebalance._pause_s == 10.0
+
+
+def test_a_plan_from_another_placement_is_refused():
+    group = Group()
+    with pytest.raises(ValueError, match="placement 7, but 1 is in force"):
+        group.rebalance.move_to(group.rebalance.in_force.homes, 7, group.now_s)

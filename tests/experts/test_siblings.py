@@ -105,7 +105,7 @@ def test_weights_that_are_not_right_are_not_taken(lie, old, shard_at):
     liar = Endpoint(memory_address(), SECRET, "liar", answer)
     liar.start()
     in_force = placed({"liar": liar.address})
-    new.adopt(placed({"new": new.address}, epoch=2), in_force=in_force)
+    new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), in_force=in_force)
     liar.close()
     assert new.report().fetched_count == 0
     for pair, held in new._holding.experts.items():
@@ -125,5 +125,5 @@ def test_a_fetch_of_what_is_not_here_is_refused_and_one_of_no_use_costs_the_chan
 
 def test_sources_are_the_other_homes():
     placement = placed({"a": "memory://a", "b": "memory://b"})
-    sources = sources_of([(FIRST_LAYER, 0), (FIRST_LAYER, EXPERTS - 1)], placement, "a")
+    sources = sources_of([(FIRST_LAYER, 0), (FIRST_LAYER, EXPERTS - 1)], placement, {"b"})
     assert sources == {(FIRST_LAYER, 0): [], (FIRST_LAYER, EXPERTS - 1): ["memory://b"]}
