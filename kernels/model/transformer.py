@@ -37,9 +37,14 @@ class Layer:
 class Transformer:
     """Hidden states from tokens, and logits from hidden states; who attends to what is the caller's."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, routed: RoutedExperts):
+    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], routed: RoutedExperts):
+        """Layers take their weights out of `weights`, for packed ones are copies."""
         self.config = config
-        self.layers = [Layer(config, weights, layer, routed) for layer in range(config.layers_count)]
+        self.layers: list[Layer] = []
+        for layer in range(config.layers_count):
+            self.layers.append(Layer(config, weights, layer, routed))
+            for name in [name for name in weights if name.startswith(f"model.layers.{layer}.")]:
+                del weights[name]
         self._embedding = weights["model.embed_tokens.weight"]
         self._norm = weights["model.norm.weight"]
         self._head = packed(self._embedding if config.tied_head else weights["lm_head.weight"])

@@ -1,5 +1,7 @@
 """Loops that a CPU runs as machine code, where torch would need many small calls."""
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Set
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +12,7 @@ from numba import config, njit
 
 AS_WRITTEN: Set[str] = frozenset()
 ONE_ROUNDING = frozenset({"contract"})  # a product and the sum it goes into
+CACHE_LOCK = threading.Lock()  # Numba's place for what it keeps is one for the whole process
 ANY_ORDER = ONE_ROUNDING | {"reassoc", "nsz"}  # sums fill whole registers: same order for the same length
 
 
@@ -28,8 +31,8 @@ def machine_code(
 ) -> Callable:
     """Compile a function, or read what an earlier process has compiled, where there is a place to keep it.
 
-    `sources` are the other files whose functions it calls: Numba would not notice a change in them, so the
-    place is named after their contents. What `is_inlined` is compiled anew into each of its callers.
+    `sources` are the other files whose functions it calls. What `is_inlined` is compiled anew into each of
+    its callers.
     """
     options = {
         "fastmath": set(freedoms),
@@ -37,16 +40,41 @@ def machine_code(
         "nogil": True,
         "forceinline": is_inlined,
     }
-    digest = sha256(b"".join(source.read_bytes() for source in sorted(sources))).hexdigest()[:16]
-    before = config.CACHE_DIR
-    cache = Path(before) if before else Path(function.__code__.co_filename).parent / "__pycache__"
-    config.CACHE_DIR = str(cache / f"compiled-{digest}")
-    try:
-        return njit(signature, cache=True, **options)(function)
-    except RuntimeError:  # nothing may be written there
-        return njit(signature, **options)(function)
-    finally:
-        config.CACHE_DIR = before
+    own = Path(function.__code__.co_filename)
+    folder = kept_folder(own, [own, *sources])
+    with CACHE_LOCK:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder or "")
+        try:
+            return njit(signature, cache=folder is not None, **options)(function)
+        except (
+            Exception
+        ):  # what was kept is damaged, or the disk is full; a fault of the code shows again here
+            return njit(signature, **options)(function)
+        finally:
+            config.CACHE_DIR = before
+
+
+def kept_folder(own: Path, sources: Iterable[Path]) -> Path | None:
+    """Where machine code of these sources is kept, or None: beside the code, or in the user's cache.
+
+    Numba would not notice a change in a function that is called from another file, nor an index that was
+    written for code that was not: so the folder is named after the contents of all files.
+    """
+    digest = sha256(b"".join(source.read_bytes() for source in sorted(set(sources)))).hexdigest()[:16]
+    cache = os.environ.get("NUMBA_CACHE_DIR")
+    bases = [Path(cache)] if cache else [own.parent / "__pycache__", Path.home() / ".cache" / "trivium"]
+    for base in bases:
+        folder = base / f"compiled-{digest}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for cut_short in folder.rglob("*.nb[ic]"):
+                if not cut_short.stat().st_size:
+                    cut_short.unlink()
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
 
 
 def runs_compiled(tensor: torch.Tensor) -> bool:

@@ -115,6 +115,10 @@ def _gated_slots(
     out = hidden.new_empty(len(rows), hidden.shape[1])
     tokens, slots, places = hidden.contiguous().numpy(), out.numpy(), rows.to(torch.int64).numpy()
     wide = np.empty((2, experts[0].gate_up.shape[0]), np.float32)
+    if hidden.shape[1] != experts[0].gate_up.shape[1] or sum(counts) != len(rows):
+        raise ValueError(f"experts or {len(rows)} slots do not fit {list(hidden.shape)}")
+    if len(rows) and not 0 <= places.min() <= places.max() < len(tokens):
+        raise ValueError("a slot names a token that is not there")
     begin = 0
     for weights, count in zip(experts, counts, strict=True):
         end = begin + count

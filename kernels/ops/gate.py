@@ -25,8 +25,12 @@ def gate_noaux_tc(
         return gate_noaux_tc_reference(logits, bias, *limits, normalised, scaling)
     ids = torch.empty(logits.shape[0], experts_per_token, dtype=torch.int64)
     weights = torch.empty(ids.shape, dtype=torch.float32)
-    steering = np.zeros(logits.shape[1], np.float32) if bias is None else bias.numpy()
-    _choose_all(logits.numpy(), steering, groups_count, groups_per_token, weights.numpy(), ids.numpy())
+    if logits.shape[1] % groups_count or (bias is not None and bias.shape != logits.shape[1:]):
+        raise ValueError(f"logits {list(logits.shape)}, bias or {groups_count} groups do not fit each other")
+    steering = np.zeros(logits.shape[1], np.float32) if bias is None else bias.float().numpy()
+    _choose_all(
+        logits.contiguous().numpy(), steering, groups_count, groups_per_token, weights.numpy(), ids.numpy()
+    )
     if normalised:
         weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
     return weights * scaling, ids
@@ -117,9 +121,11 @@ def _choose_all(logits, bias, groups_count, groups_per_token, weights, ids):
     best_two = np.empty(groups_count, np.float32)
     kept = np.empty(groups_per_token, np.int64)
     for token in range(tokens_count):
+        is_number = True
         for expert in range(experts_count):
             scores[expert] = np.float32(1) / (np.float32(1) + np.exp(-logits[token, expert]))
             choice[expert] = scores[expert] + bias[expert]
+            is_number = is_number and choice[expert] == choice[expert]
         if groups_count > 1:
             for group in range(groups_count):
                 best_two[group] = _sum_of_two_greatest(choice[group * group_size : (group + 1) * group_size])
@@ -129,4 +135,4 @@ def _choose_all(logits, bias, groups_count, groups_per_token, weights, ids):
                     choice[group * group_size : (group + 1) * group_size] = -np.inf
         _take_greatest(choice, ids[token])
         for place in range(ids.shape[1]):
-            weights[token, place] = scores[ids[token, place]]
+            weights[token, place] = scores[ids[token, place]] if is_number else np.nan

@@ -53,6 +53,8 @@ def linear_by_head_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torc
 
 def linear_by_head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden [rows, heads, in]` by `weight [heads, out, in]`, `[rows, heads, out]`; rows as in `linear`."""
+    if hidden.shape[1:] != (weight.shape[0], weight.shape[2]):
+        raise ValueError(f"weights {list(weight.shape)} do not fit {list(hidden.shape)}")
     if not runs_compiled(hidden):
         return linear_by_head_reference(hidden, weight)
     out = hidden.new_empty(*hidden.shape[:2], weight.shape[1])

@@ -19,10 +19,12 @@ def mix(outputs: torch.Tensor, weights: torch.Tensor, order: torch.Tensor) -> to
 
     Output i is that of slot `order[i]`; token t's slots are `t * choices` and those after it.
     """
+    if not len(outputs) == len(order) == weights.numel():
+        raise ValueError(f"{len(outputs)} outputs do not fit weights of {list(weights.shape)}")
     if not runs_compiled(outputs):
         return mix_reference(outputs, weights, order)
     mixed = outputs.new_zeros(len(weights), outputs.shape[1])
-    _add_slots(outputs.numpy(), weights.numpy(), order.numpy(), mixed.numpy())
+    _add_slots(outputs.contiguous().numpy(), weights.contiguous().numpy(), order.numpy(), mixed.numpy())
     return mixed
 
 

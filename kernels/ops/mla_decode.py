@@ -4,6 +4,8 @@ Each request is computed on its own over just the tokens it has: its bits do not
 and what other slots of its pages hold is never read.
 """
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -23,8 +25,10 @@ def mla_decode_reference(
     out = queries.new_empty(*queries.shape[:2], value_dim)
     page_tokens = latents.shape[1]
     for request, length in enumerate(lengths.tolist()):
-        used = pages[request, : -(-length // page_tokens)]
-        context = latents[used].flatten(0, 1)[:length]
+        used = pages[request, : -(-length // page_tokens)].tolist()
+        in_a_row = all(after == before + 1 for before, after in itertools.pairwise(used))
+        context = latents[used[0] : used[0] + len(used)] if in_a_row else latents[used]
+        context = context.flatten(0, 1)[:length]
         weights = torch.mm(scaled[request], context.t()).float().softmax(dim=-1)
         torch.mm(weights.to(context.dtype), context[:, :value_dim], out=out[request])
     return out
@@ -45,8 +49,13 @@ def mla_decode(
     """
     if not runs_compiled(queries):
         return mla_decode_reference(queries, latents, pages, lengths, value_dim, scale)
+    slots_max = pages.shape[1] * latents.shape[1]
+    if not len(queries) == len(pages) == len(lengths) or queries.shape[2] != latents.shape[2]:
+        raise ValueError(f"queries {list(queries.shape)}, pages and lengths do not fit each other")
+    if len(lengths) and (lengths.numpy().max() > slots_max or pages.numpy().max() >= len(latents)):
+        raise ValueError("a context is longer than its pages, or names pages that are not there")
     out = queries.new_empty(*queries.shape[:2], value_dim)
-    scores = np.empty((queries.shape[1], pages.shape[1] * latents.shape[1]), np.float32)
+    scores = np.empty((queries.shape[1], slots_max), np.float32)
     given = (queries.contiguous(), latents, pages, lengths)
     _attend_all(*(tensor.numpy() for tensor in given), np.float32(scale), scores, out.numpy())
     return out

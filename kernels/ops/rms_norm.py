@@ -17,9 +17,11 @@ def rms_norm(
     hidden: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Norm of each row of `hidden [rows, size]` in float32, returned in its dtype; `out` may be `hidden`."""
+    if hidden.dim() != 2 or weight.shape != hidden.shape[1:]:
+        raise ValueError(f"a norm of {list(weight.shape)} does not fit rows of {list(hidden.shape)}")
     if out is None:
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    if runs_compiled(hidden):
+    if runs_compiled(hidden) and runs_compiled(out):
         _norm_rows(flat(hidden), hidden.stride(0), len(hidden), weight.numpy(), eps, flat(out), out.stride(0))
         return out
     return out.copy_(rms_norm_reference(hidden, weight, eps))

@@ -32,6 +32,9 @@ def rotate(
     hidden: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, interleaved: bool = True
 ) -> None:
     """Turn `hidden [tokens, heads, 2 * pairs]` in place: pairs are neighbours, or else halves apart."""
+    tokens_count, _, size = hidden.shape
+    if not cosines.shape == sines.shape == (tokens_count, size // 2) or size % 2:
+        raise ValueError(f"turns of {list(cosines.shape)} do not fit {list(hidden.shape)}")
     if runs_compiled(hidden):
         layout = (*hidden.shape[:2], *hidden.stride()[:2])
         _rotate_rows(flat(hidden), layout, cosines.numpy(), sines.numpy(), interleaved)
