@@ -55,7 +55,8 @@ $(INSTALLED): pyproject.toml
 		echo "set-up 3/4: Trivium and what it needs (about two minutes the first time)" && \
 		$(PIP) install --editable '.[test]'; \
 	fi
-	@echo "set-up 4/4: machine code for CPUs (about 15 seconds)"
+	@echo "set-up 4/4: machine code for CPUs and for placing experts (about a minute)"
 	@.venv/bin/python -c 'import decode.step, experts.client, prefill.step'
+	@.venv/bin/python -m experts.prepare
 	@touch $@
 	@echo "set-up done"

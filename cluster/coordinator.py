@@ -7,6 +7,7 @@ import time
 
 from cluster.membership import Member, Membership, View
 from cluster.place import Place, expert_bytes, plan_config, rebalance_config
+from experts.compiled import is_compiled
 from experts.errors import ExpertsMoving
 from experts.messages import Homes
 from experts.plan import Planner
@@ -17,7 +18,7 @@ from kernels.model.config import ModelConfig
 logger = logging.getLogger(__name__)
 
 PREPARE_TIMEOUT_S = 600.0
-COMPILE = "import os; os.nice(19); from experts.solve_placement import warm_up; warm_up()"
+COMPILE = ("-m", "experts.prepare")
 
 
 class Coordinator:
@@ -68,8 +69,9 @@ class Coordinator:
     async def _prepare(self) -> None:
         """Have the search of placements compiled by another process: here it would hold up all heartbeats."""
         try:
-            compiler = await asyncio.create_subprocess_exec(sys.executable, "-c", COMPILE)
-            await asyncio.wait_for(compiler.wait(), PREPARE_TIMEOUT_S)
+            if not is_compiled():
+                compiler = await asyncio.create_subprocess_exec(sys.executable, *COMPILE)
+                await asyncio.wait_for(compiler.wait(), PREPARE_TIMEOUT_S)
             await asyncio.to_thread(self._planner.prepare)
         except Exception:
             logger.exception("placements stay even: the search for better ones could not be compiled")

@@ -3,9 +3,24 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kernels.ops.compiled import AS_WRITTEN, machine_code
+from kernels.ops.compiled import AS_WRITTEN, kept_folder, machine_code
 
-SOURCES = list(Path(__file__).parent.glob("placement_*.py"))
+SOURCES = sorted(Path(__file__).parent.glob("placement_*.py"))
+
+
+KEPT = kept_folder(SOURCES[0], SOURCES)
+MARK = "all"  # the name of an empty file beside the machine code, once all of it is there
+
+
+def is_compiled() -> bool:
+    """Whether some process has compiled everything, so that this one need only read it."""
+    return KEPT is not None and (KEPT / MARK).exists()
+
+
+def mark_compiled() -> None:
+    """Say that everything has been compiled."""
+    if KEPT is not None:
+        (KEPT / MARK).touch()
 
 
 def compiled(function: Callable) -> Callable:

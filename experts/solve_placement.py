@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from experts.compiled import mark_compiled
 from experts.errors import PlacementImpossible
 from experts.placement_layer import Rooms
 from experts.placement_search import fresh_homes, nearest_homes
@@ -89,6 +90,7 @@ def warm_up() -> None:
     """Compile the search (seconds, the first time on a machine; later it is read from a cache)."""
     rooms = [ShardRoom("a", 2), ShardRoom("b", 2)]
     solve_placement([[3.0, 2.0, 1.0]], rooms, solve_placement([[1.0, 2.0, 3.0]], rooms).homes)
+    mark_compiled()
 
 
 def _checked_load(load: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
