@@ -2,20 +2,20 @@
 
 import asyncio
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cluster import cli
+from cluster import cli, cli_experts
 from cluster.client import Client, as_values, read_plan
 from cluster.errors import InvalidRequest, NodeUnavailable
 from cluster.gateway import bind, make_server
 from cluster.gateway_experts import ExpertsService
-from cluster.proto import trivium_pb2_grpc
+from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.show_experts import colour_of
 from experts.config import PlanConfig
 from experts.errors import ExpertsMoving
@@ -75,28 +75,53 @@ def coordinator() -> Coordinator:
     return Coordinator()
 
 
+class DirectClient:
+    """A client of the service without a wire between: one process, one loop, as gRPC likes it."""
+
+    service: ExpertsService
+
+    def __init__(self, address: str, token: str | None):
+        self.address = address
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing was opened."""
+
+    async def get_experts(self):
+        """As `Client` does."""
+        return await self.service.GetExperts(trivium_pb2.GetExpertsRequest(), None)
+
+    async def plan_experts(self):
+        """As `Client` does."""
+        return await self.service.PlanExperts(trivium_pb2.PlanExpertsRequest(), None)
+
+    async def move_experts(self, layers, placement_epoch: int):
+        """As `Client` does."""
+        request = trivium_pb2.MoveExpertsRequest(layers=layers, placement_epoch=placement_epoch)
+        return await self.service.MoveExperts(request, None)
+
+
 @pytest.fixture
-def address(coordinator) -> Iterator[str]:
-    """A gateway's server with the experts' service alone, in a loop of its own."""
-    loop, started, ports = asyncio.new_event_loop(), threading.Event(), []
+def address(coordinator, monkeypatch) -> str:
+    """Where the commands believe a gateway to be."""
+    monkeypatch.setattr(DirectClient, "service", ExpertsService(coordinator), raising=False)
+    monkeypatch.setattr(cli_experts, "Client", DirectClient)
+    return "nowhere:1"
 
-    async def serve() -> None:
-        server = make_server(1 << 20, None)
-        trivium_pb2_grpc.add_ExpertsServicer_to_server(ExpertsService(coordinator), server)
-        ports.append(bind(server, "127.0.0.1", 0))
-        await server.start()
-        started.set()
-        await stopping.wait()
+
+@asynccontextmanager
+async def served(coordinator: Coordinator) -> AsyncIterator[str]:
+    """A gateway's server with the experts' service alone."""
+    server = make_server(1 << 20, None)
+    trivium_pb2_grpc.add_ExpertsServicer_to_server(ExpertsService(coordinator), server)
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
         await server.stop(0)
-
-    stopping = asyncio.Event()
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    started.wait()
-    yield f"127.0.0.1:{ports[0]}"
-    loop.call_soon_threadsafe(stopping.set)
-    thread.join()
-    loop.close()
 
 
 def run(*arguments: str):
@@ -158,9 +183,10 @@ def test_a_plan_that_is_not_there_is_named(address):
     assert done.exit_code == 1 and "nowhere.json cannot be read" in done.output
 
 
-def test_errors_are_typed(address, coordinator):
+def test_over_the_wire_plans_come_whole_and_errors_are_typed(coordinator):
     async def ask() -> None:
-        async with Client(address) as client:
+        async with served(coordinator) as address, Client(address) as client:
+            assert list((await client.get_experts()).shards) == ["a", "b", "c"]
             plan = await client.plan_experts()
             assert read_plan(json.dumps(as_values(plan))) == plan
             with pytest.raises(InvalidRequest, match="homes"):
