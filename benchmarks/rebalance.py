@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.model import make_model, prompts
+from benchmarks.serving import until_serving
 from cluster.client import Client, Delta
 from cluster.proto import trivium_pb2
 from cluster.validation import RequestedGeneration, RequestedSampling
@@ -68,15 +69,6 @@ class serving:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait(timeout=60)
-
-
-async def until_serving(address: str) -> None:
-    """Wait until the gateway says by health that it serves."""
-    while True:
-        async with Client(address) as client:
-            if await client.is_serving():
-                return
-        await asyncio.sleep(0.05)
 
 
 async def measure() -> dict:

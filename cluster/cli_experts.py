@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 
 from cluster.cli_options import ADDRESS, Address, Json, TokenFile, console, run, told
-from cluster.client import Client, as_values, read_plan
-from cluster.errors import InvalidRequest
+from cluster.client import Client, as_values, no_plan, read_plan
 from cluster.show_experts import experts_view, plan_table
 from cluster.token_file import read_token
 
@@ -107,18 +106,8 @@ def read_file(path: Path) -> str:
         with path.open() as file:
             text = file.read(PLAN_BYTES_MAX + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(
-            reason="NO_PLAN",
-            message=f"{path.name} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}",
-            field="PLAN",
-            remedy="Write one: `trivium experts plan --output plan.json`.",
-        ) from error
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise no_plan(f"{path.name} cannot be read: {reason}") from error
     if len(text) > PLAN_BYTES_MAX:
-        raise InvalidRequest(
-            reason="NO_PLAN",
-            message=f"{path.name} is too long to be a plan",
-            field="PLAN",
-            limit=f"{PLAN_BYTES_MAX} characters",
-            remedy="Write one: `trivium experts plan --output plan.json`.",
-        )
+        raise no_plan(f"{path.name} is too long to be a plan", f"{PLAN_BYTES_MAX} characters")
     return text

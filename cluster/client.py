@@ -200,12 +200,18 @@ def read_plan(text: str) -> trivium_pb2.ExpertsPlan:
             raise ValueError("a plan is an object")
         return ParseDict(values, trivium_pb2.ExpertsPlan())
     except (ValueError, ParseError) as error:
-        raise InvalidRequest(
-            reason="NO_PLAN",
-            message="this is not a plan of experts",
-            field="PLAN",
-            remedy="Write one: `trivium experts plan --output plan.json`.",
-        ) from error
+        raise no_plan("this is not a plan of experts") from error
+
+
+def no_plan(message: str, limit: str | None = None) -> InvalidRequest:
+    """What is told of a file, or its text, that is no plan of experts."""
+    return InvalidRequest(
+        reason="NO_PLAN",
+        message=message,
+        field="PLAN",
+        limit=limit,
+        remedy="Write one: `trivium experts plan --output plan.json`.",
+    )
 
 
 def as_values(message: Message) -> dict[str, Any]:

@@ -40,14 +40,6 @@ def _filled_layer(
     return tuple(filled_homes)
 
 
-def with_homes(kept: Homes, target: Homes) -> Homes:
-    """What was kept, and the target's homes for experts that have none."""
-    return tuple(
-        tuple(home or new for home, new in zip(homes, goal, strict=True))
-        for homes, goal in zip(kept, target, strict=True)
-    )
-
-
 def even_placement(
     shards: Sequence[ShardAddress], first_layer: int, layers_count: int, experts_count: int, epoch: int
 ) -> Placement:

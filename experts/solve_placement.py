@@ -13,10 +13,9 @@ import numpy as np
 
 from experts.compiled import mark_compiled
 from experts.errors import PlacementImpossible
+from experts.messages import Homes
 from experts.placement_layer import Rooms
 from experts.placement_search import fresh_homes, nearest_homes
-
-Homes = tuple[tuple[tuple[int, ...], ...], ...]  # [layer][expert]: shards in ascending order, at least one
 
 SPEED_MAX = 1000.0
 

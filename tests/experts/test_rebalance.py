@@ -10,18 +10,15 @@ from hypothesis import strategies as st
 from experts.balance import balance_of, shard_loads
 from experts.config import PlanConfig
 from experts.errors import ExpertsMoving
+from experts.homes import check_homes, homes_among, moves_between, steps_between, with_homes
 from experts.load import RecentLoad
 from experts.messages import Homes, Placement, ShardAddress
-from experts.placement import even_homes, with_homes
+from experts.placement import even_homes
 from experts.plan import Planner
 from experts.rebalance import (
     SLOTS_MIN,
     Rebalance,
     RebalanceConfig,
-    check_homes,
-    homes_among,
-    moves_between,
-    steps_between,
 )
 
 EXPERT_BYTES = 10

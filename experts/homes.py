@@ -1,0 +1,71 @@
+"""From some homes of experts to others: pure functions over the tables that placements carry."""
+
+from collections.abc import Iterator
+
+from experts.messages import Homes, Placement, ShardAddress
+
+
+def with_homes(kept: Homes, target: Homes) -> Homes:
+    """What was kept, and the target's homes for experts that have none."""
+    return tuple(
+        tuple(home or new for home, new in zip(homes, goal, strict=True))
+        for homes, goal in zip(kept, target, strict=True)
+    )
+
+
+def homes_among(placement: Placement, shards: tuple[ShardAddress, ...]) -> Homes:
+    """A placement's homes as indices into other shards; those that went are left out."""
+    there = {shard.name: index for index, shard in enumerate(shards)}
+    index_of = [there.get(shard.name) for shard in placement.shards]
+    return tuple(
+        tuple(
+            tuple(sorted(index_of[shard] for shard in home if index_of[shard] is not None)) for home in homes
+        )
+        for homes in placement.homes
+    )
+
+
+def moves_between(before: Homes, after: Homes) -> int:
+    """Replicas that must be loaded."""
+    return sum(
+        len(set(new) - set(old))
+        for homes, goal in zip(before, after, strict=True)
+        for old, new in zip(homes, goal, strict=True)
+    )
+
+
+def steps_between(before: Homes, after: Homes, expert_bytes: int, step_bytes_max: int) -> Iterator[Homes]:
+    """The homes after each step; the last is `after`, and nothing comes where there is nothing to do.
+
+    Layers go one after the other, whole where the bytes allow it, for a layer's slots are only as many. An
+    expert's homes change at once, so that it has those of before or those of after.
+    """
+    homes, loaded_bytes, changed = [list(layer) for layer in before], 0, False
+    for layer, goal in enumerate(after):
+        for expert, new in enumerate(goal):
+            old = homes[layer][expert]
+            if new == old:
+                continue
+            bytes_count = len(set(new) - set(old)) * expert_bytes
+            if loaded_bytes and loaded_bytes + bytes_count > step_bytes_max:
+                yield tuple(map(tuple, homes))
+                loaded_bytes = 0
+            homes[layer][expert] = new
+            loaded_bytes, changed = loaded_bytes + bytes_count, True
+    if changed:
+        yield after
+
+
+def check_homes(homes: Homes, placement: Placement) -> None:
+    """Raises ValueError unless every expert of a placement has homes among its shards."""
+    shapes = [len(layer) for layer in homes], [len(layer) for layer in placement.homes]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the plan is for another model: its layers or experts are not those in force")
+    shards_count = len(placement.shards)
+    for layer, of_layer in enumerate(homes, placement.first_layer):
+        for expert, home in enumerate(of_layer):
+            if not home or list(home) != sorted(set(home)) or not 0 <= home[0] <= home[-1] < shards_count:
+                raise ValueError(
+                    f"layer {layer}, expert {expert}: homes {list(home)} are not one or more of"
+                    f" shards 0 to {shards_count - 1} in ascending order"
+                )
