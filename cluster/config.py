@@ -50,6 +50,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 ResolvedPath = Annotated[Path, BeforeValidator(resolve_path)]
 Host = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9.:_-]+$")]
 NodesCount = Annotated[int, Field(ge=1, le=1024)]
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0, le=1e6)]], Field(max_length=16)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 
 
@@ -98,17 +99,28 @@ class GatewaySection(Section):
     token_file: ResolvedPath | None = Field(
         None, description="file with the bearer token that clients must send; empty: none is asked for"
     )
+    metrics_port: int | None = Field(
+        None, ge=0, le=PORT_MAX, description="HTTP port of each gateway's own /metrics; empty: none"
+    )
+    resources: Resources = Field(
+        {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
+    )
 
 
 class PrefillSection(Section):
     """The nodes that read prompts."""
 
     count: NodesCount = Field(1, description="prefill nodes")
+    count_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
+    count_max: NodesCount = Field(8, description="most that the autoscaler starts")
     latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
         256 * 2**20, description="memory for latents on each node"
     )
     step_tokens_max: int = Field(512, ge=1, le=1_000_000, description="tokens of all prompts in one step")
     requests_max: int = Field(32, ge=1, le=4096, description="prompts that a node works on at a time")
+    resources: Resources = Field(
+        {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
+    )
     micro_batches: Literal[1, 2] = Field(
         1, description="2: one half of a step computes while the other's tokens are with the experts"
     )
@@ -118,10 +130,15 @@ class DecodeSection(Section):
     """The nodes that write answers."""
 
     count: NodesCount = Field(1, description="decode nodes")
+    count_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
+    count_max: NodesCount = Field(8, description="most that the autoscaler starts")
     latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
         256 * 2**20, description="memory for latents on each node"
     )
     requests_max: int = Field(64, ge=1, le=4096, description="requests in one step of a node")
+    resources: Resources = Field(
+        {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
+    )
     micro_batches: Literal[1, 2] = Field(
         2, description="2: one half of a step computes while the other's tokens are with the experts"
     )
@@ -131,6 +148,11 @@ class ExpertsSection(Section):
     """The shards that hold the experts."""
 
     shards_count: NodesCount = Field(2, description="shards over which the experts are spread")
+    shards_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
+    shards_max: NodesCount = Field(8, description="most that the autoscaler starts")
+    resources: Resources = Field(
+        {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
+    )
     dispatch_timeout_s: Seconds = Field(30.0, description="how long a node waits for a shard's answer")
     replicas_min: int = Field(
         1, ge=1, le=16, description="homes of each expert; with 2, any one shard may die and none is missed"
@@ -157,8 +179,47 @@ class TransportSection(Section):
     scheme: Literal["unix", "tcp"] = Field(
         "unix", description="unix: one host only, fastest; tcp: several hosts"
     )
-    host: Host = Field("127.0.0.1", description="for tcp: the address that nodes and shards listen on")
+    host: Host = Field(
+        "127.0.0.1",
+        description="for tcp: the address that nodes and shards listen on; auto: by which Ray knows the host",
+    )
+    secret_file: ResolvedPath | None = Field(
+        None, description="file with the secret that channels ask for; empty: a new one with each start"
+    )
     lease_s: Seconds = Field(10.0, description="how long reserved pages outlive the last sign of their owner")
+
+
+class AutoscalerSection(Section):
+    """How many nodes and shards there are, as the load asks; a count that a person sets holds."""
+
+    enabled: bool = Field(False, description="whether counts follow the load; they can be set by hand anyway")
+    period_s: Seconds = Field(2.0, description="time from one look at the load to the next")
+    time_to_first_token_s: Seconds = Field(2.0, description="what a client should wait at most for a token")
+    inter_token_s: Seconds = Field(0.1, description="what a client should wait at most for each further one")
+    grow_pause_s: Seconds = Field(10.0, description="rest after a pool has grown, before it grows again")
+    shrink_pause_s: Seconds = Field(60.0, description="how long a pool must be too large before it shrinks")
+
+
+class OperationsSection(Section):
+    """What people and monitors look at: the Pools page, and metrics of the whole cluster at /metrics."""
+
+    enabled: bool = Field(True, description="whether the coordinator serves them")
+    host: Host = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8266, ge=0, le=PORT_MAX, description="HTTP port; 0 takes any free one")
+    token_file: ResolvedPath | None = Field(
+        None, description="file with the token that the Pools page asks for; empty: a new one is shown at start"
+    )
+    ray_metrics: bool = Field(True, description="whether Ray's exporter carries the same metrics")
+    traces_endpoint: str = Field(
+        "", max_length=1024, description="OTLP address for traces, such as http://collector:4318; empty: none"
+    )
+    traces_share: float = Field(
+        1.0, ge=0.0, le=1.0, description="share of requests traced, of those whose client has not decided"
+    )
+    json_logs: bool = Field(False, description="logs as one JSON object a line, for machines")
+    coordinator_resources: Resources = Field(
+        {}, description="Ray resources that the coordinator takes; they choose its host"
+    )
 
 
 class DashboardSection(Section):
@@ -177,6 +238,8 @@ class ClusterConfig(Section):
     decode: DecodeSection = Field(DecodeSection(), description=DecodeSection.__doc__)
     experts: ExpertsSection = Field(ExpertsSection(), description=ExpertsSection.__doc__)
     transport: TransportSection = Field(TransportSection(), description=TransportSection.__doc__)
+    autoscaler: AutoscalerSection = Field(AutoscalerSection(), description=AutoscalerSection.__doc__)
+    operations: OperationsSection = Field(OperationsSection(), description=OperationsSection.__doc__)
     dashboard: DashboardSection = Field(DashboardSection(), description=DashboardSection.__doc__)
     threads_per_actor: int = Field(1, ge=1, le=256, description="threads with which each process computes")
 
