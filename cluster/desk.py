@@ -21,6 +21,7 @@ from cluster.events import (
     SayToNode,
     TimePassed,
 )
+from cluster.gateway_report import GatewayRecorder, GatewayReport
 from cluster.links import NodeLinks
 from cluster.membership import View
 from cluster.router import Router
@@ -44,6 +45,8 @@ class Desk:
         self.router = Router(lease_s)
         self.requests_waiting_max = requests_waiting_max
         self.tokens_per_s: dict[str, float] = {}
+        self.name = name
+        self._recorder = GatewayRecorder()
         self._links = NodeLinks(name, secret, self.tell)
         self._outputs: dict[str, asyncio.Queue[Output | FailRequest]] = {}
         self._seen: dict[str, tuple[float, int]] = {}
@@ -75,6 +78,7 @@ class Desk:
     def admit(self, request: RoutedRequest) -> None:
         """Take a request, whose outputs `outputs` then gives until `leave`; raises Overloaded."""
         if self.router.requests_waiting_count >= self.requests_waiting_max:
+            self._recorder.shed()
             raise Overloaded(
                 reason="TOO_MANY_WAITING",
                 message=f"{self.router.requests_waiting_count} requests wait for a node already",
@@ -84,6 +88,7 @@ class Desk:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._outputs[request.request_id] = asyncio.Queue()
+        self._recorder.admitted(request.request_id, len(request.token_ids), time.monotonic())
         self.tell(RequestAdmitted(request))
 
     async def outputs(self, request_id: str) -> AsyncIterator[list[Output]]:
@@ -104,12 +109,14 @@ class Desk:
         """End a request under way, as after a stop string: its nodes are free of it at once."""
         route = self.router.routes[request_id]
         phases = self.router.phases(route, time.monotonic())
+        self._recorder.finished(request_id, reason, route.cached_tokens_count, phases)
         self.tell(RequestCancelled(request_id))
         return FinishRequest(request_id, reason, route.cached_tokens_count, phases)
 
     def leave(self, request_id: str) -> None:
         """Nobody waits for a request any more, whether it has ended or not."""
         self._outputs.pop(request_id, None)
+        self._recorder.left(request_id)
         self.tell(RequestCancelled(request_id))
 
     def tell(self, event: Event) -> None:
@@ -121,6 +128,10 @@ class Desk:
             self.tokens_per_s.pop(event.name, None)
         for command in self.router.handle(event, time.monotonic()):
             self._do(command)
+
+    def report(self) -> GatewayReport:
+        """Numbers about this gateway's requests."""
+        return self._recorder.report(self.name, self.router)
 
     def close(self) -> None:
         """Let go of the nodes, which then free what this gateway had there."""
@@ -135,6 +146,16 @@ class Desk:
             case DeliverTokens(request_id) | FinishRequest(request_id) | FailRequest(request_id):
                 if request_id in self._outputs:
                     self._outputs[request_id].put_nowait(command)
+                    self._record(command)
+
+    def _record(self, command: Output | FailRequest) -> None:
+        match command:
+            case DeliverTokens(request_id, token_ids):
+                self._recorder.delivered(request_id, len(token_ids), time.monotonic())
+            case FinishRequest(request_id, reason, cached_tokens_count, phases):
+                self._recorder.finished(request_id, reason, cached_tokens_count, phases)
+            case FailRequest(request_id, reason):
+                self._recorder.failed(request_id, reason)
 
     async def _tick(self) -> None:
         ticks_count = 0

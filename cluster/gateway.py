@@ -73,7 +73,10 @@ class GatewayActor:
     def describe(self) -> Member:
         """This gateway, for the coordinator."""
         count = self.desk.requests_count
-        return Member(self.name, self.kind, self.address, self.state, requests_count=count, **host_and_pid())
+        report = self.desk.report()
+        return Member(
+            self.name, self.kind, self.address, self.state, requests_count=count, report=report, **host_and_pid()
+        )
 
     async def on_view(self, view: View) -> None:
         """Know the newest nodes."""

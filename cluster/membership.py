@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from cluster.gateway_report import GatewayReport
 from decode.messages import NodeReport
 from experts.errors import PlacementImpossible
 from experts.load import RecentLoad
@@ -33,7 +34,7 @@ class Member:
     host: str = ""
     requests_count: int = 0
     loaded_share: float = 1.0
-    report: NodeReport | ShardReport | None = None
+    report: NodeReport | ShardReport | GatewayReport | None = None
     placement: Placement | None = None
     """That it goes by, told to a coordinator which knows of none."""
     epochs_known: frozenset[int] = frozenset()

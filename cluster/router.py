@@ -57,6 +57,8 @@ class Router:
         self.nodes: dict[str, NodeView] = {}
         self.routes: dict[str, Route] = {}
         self.attempts_max = attempts_max
+        self.retries_count = 0
+        self.migrations_count = 0
         self._lease_s = lease_s
         self._extended_s = float("-inf")
         self._numbers = itertools.count()
@@ -342,6 +344,8 @@ class Router:
             yield FailRequest(request_id, reason, message)
             yield from self._end(request_id)
             return
+        self.retries_count += 1
+        self.migrations_count += bool(route.outputs)  # the client has tokens, which the next node goes on from
         yield from self._withdraw(route)
         route.generation += 1  # so that nothing of this attempt is heard while the next one waits
         route.phase = Phase.WAITING
