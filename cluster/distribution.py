@@ -1,4 +1,4 @@
-"""How often values fell between fixed bounds: counted by one, told to others, and subtracted to see a while."""
+"""How often values fell between fixed bounds: counted by one, told to others, subtracted to see a while."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -80,11 +80,14 @@ class Tally:
         return Distribution(self._bounds, tuple(self._counts), self._total)
 
 
+NOTHING = Distribution()
+
+
 def merged(distributions: Iterable[Distribution]) -> Distribution:
     """The values of several together; raises ValueError where bounds differ."""
     distributions = list(distributions)
     if not distributions:
-        return Distribution()
+        return NOTHING
     bounds = {one.bounds for one in distributions}
     if len(bounds) > 1:
         raise ValueError("distributions over different bounds cannot be merged")

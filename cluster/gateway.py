@@ -72,10 +72,14 @@ class GatewayActor:
 
     def describe(self) -> Member:
         """This gateway, for the coordinator."""
-        count = self.desk.requests_count
-        report = self.desk.report()
         return Member(
-            self.name, self.kind, self.address, self.state, requests_count=count, report=report, **host_and_pid()
+            self.name,
+            self.kind,
+            self.address,
+            self.state,
+            requests_count=self.desk.requests_count,
+            report=self.desk.report(),
+            **host_and_pid(),
         )
 
     async def on_view(self, view: View) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from cluster.distribution import Distribution, Tally
+from cluster.distribution import NOTHING, Distribution, Tally
 from cluster.events import Phases
 from cluster.route import Phase
 from cluster.router import Router
@@ -14,7 +14,7 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class GatewayReport:
-    """Numbers that a gateway returns about itself; counts and distributions are of all time since its start."""
+    """Numbers that a gateway returns about itself; counts and distributions since its start."""
 
     name: str = ""
     requests_running_count: int = 0
@@ -42,15 +42,15 @@ class GatewayReport:
     cached_tokens_count: int = 0
     """Prompt tokens that were in pages already; known once a request has finished."""
     output_tokens_count: int = 0
-    time_to_first_token_s: Distribution = Distribution()
+    time_to_first_token_s: Distribution = NOTHING
     """From admission."""
-    inter_token_s: Distribution = Distribution()
+    inter_token_s: Distribution = NOTHING
     """A chunk of n tokens after a gap counts as n tokens, each after an nth of it."""
-    end_to_end_s: Distribution = Distribution()
+    end_to_end_s: Distribution = NOTHING
     """From admission to the finish, of requests that finished."""
-    queued_s: Distribution = Distribution()
-    prefill_s: Distribution = Distribution()
-    transfer_s: Distribution = Distribution()
+    queued_s: Distribution = NOTHING
+    prefill_s: Distribution = NOTHING
+    transfer_s: Distribution = NOTHING
     """What was left to transfer once the prompt was computed; of requests that were handed over."""
 
 

@@ -345,7 +345,7 @@ class Router:
             yield from self._end(request_id)
             return
         self.retries_count += 1
-        self.migrations_count += bool(route.outputs)  # the client has tokens, which the next node goes on from
+        self.migrations_count += bool(route.outputs)  # the next node goes on from them
         yield from self._withdraw(route)
         route.generation += 1  # so that nothing of this attempt is heard while the next one waits
         route.phase = Phase.WAITING
