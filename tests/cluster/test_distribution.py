@@ -1,6 +1,7 @@
 """Distributions: what is counted, subtracted and merged, and how true quantiles are."""
 
 import pickle
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -75,7 +76,7 @@ def test_a_quantile_lies_between_the_bounds_of_the_value_that_it_means(values: l
 
 
 def test_bounds_are_close_together():
-    assert all(low < high <= 2 * low for low, high in zip(SECONDS, SECONDS[1:], strict=False))
+    assert all(low < high <= 2 * low for low, high in pairwise(SECONDS))
 
 
 def test_merging_adds():
