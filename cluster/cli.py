@@ -4,8 +4,6 @@ Commands that need Ray or torch become a process of their own, so that the other
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +32,7 @@ from cluster.cli_options import (
     TokenIds,
     TopK,
     TopP,
+    become,
     console,
     run,
     told,
@@ -261,12 +260,6 @@ def config_table(config: ClusterConfig, of_a_file: bool) -> Table:
             value = "(no default)" if inner.is_required() and not of_a_file else str(getattr(section, key))
             table.add_row(f"{name}.{key}", escape(value), inner.description)
     return table
-
-
-def become(module: str, *arguments: str) -> None:
-    """Go on as another Python module of ours, in this same process id."""
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What all commands share: their options, how errors are told, and how their work is run."""
+"""What all commands share: their options, how errors are told, and how or as what their work is run."""
 
 import asyncio
 import json
+import os
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -69,3 +71,9 @@ def run(work: Coroutine[Any, Any, None]) -> None:
         asyncio.run(work)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def become(module: str, *arguments: str) -> NoReturn:
+    """Go on as another Python module of ours, in this same process id."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

@@ -54,12 +54,13 @@ class Finished:
 
 
 class Client:
-    """One channel to the gateways at an address."""
+    """One channel, and one connection, to the gateways at an address."""
 
     def __init__(self, address: str, token: str | None = None):
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", -1),
+            ("grpc.use_local_subchannel_pool", 1),  # else the clients of one process share a connection
         ]
         self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=options)
