@@ -1,147 +1,102 @@
-"""Prefill nodes, decode nodes and expert shards as actors: a plain object each, and heartbeats."""
+"""Prefill nodes, decode nodes and expert shards as actors: plain objects, and heartbeats."""
 
 import asyncio
-import gc
 import time
 from typing import Any
 
 import torch
 
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
-from cluster.membership import DRAINING, READY, STARTING, Member, View
+from cluster.membership import DRAINING, READY, Member, View
 from cluster.place import Place
-from decode.config import DecodeConfig
-from decode.node import DecodeNode
-from experts.client import RemoteExperts
-from experts.config import DispatchConfig, ShardConfig
+from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
+from experts.config import ShardConfig
 from experts.shard import ExpertShard
 from kernels.model.checkpoint import Checkpoint
+from kernels.model.moe import NoExperts
 from kernels.model.transformer import Transformer
-from prefill.config import PrefillConfig
-from prefill.node import PrefillNode
 
-DRAIN_S = 600.0
-DRAIN_POLL_S = 0.1
-NOTICED_S = 0.6  # in which gateways hear that a node drains
 QUIET_S = 0.5
 
 
 class NodeActor:
-    """A prefill or decode node; subclasses say which."""
+    """A process of the prefill or decode pool; subclasses say which.
 
-    kind = ""
+    It loads the attention half once and keeps it, whatever kind of node serves from it: the coordinator may
+    ask for the other kind, which is faster than starting a process.
+    """
+
+    pool = ""
 
     async def __init__(self, place: Place, coordinator: Any):
         torch.set_num_threads(place.config.threads_per_actor)
-        self.name = member_name(self.kind)
-        self.state = STARTING
-        self.loaded_share = 0.0
-        self.node: PrefillNode | DecodeNode | None = None
-        timeout_s = place.config.experts.dispatch_timeout_s
-        config = DispatchConfig(self.name, place.secret, timeout_s, host=host_and_pid()["host"])
-        self.experts = RemoteExperts(config)
-        self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
-        self.heartbeat.start()
-        await asyncio.to_thread(self._load, place)
+        self._place = place
+        self._coordinator = coordinator
+        self._changing: asyncio.Task | None = None
+        self._transformer: Transformer | None = None
+        self.posts = [self._post(kind) for kind in self._kinds_at_start()]
+        await asyncio.to_thread(self._load)
 
-    def _load(self, place: Place) -> None:
-        checkpoint = Checkpoint(place.config.model.folder)
-        transformer = Transformer.from_checkpoint(
-            checkpoint, compute_dtype(place), self.experts, self._progress
+    def _kinds_at_start(self) -> tuple[str, ...]:
+        is_both = self.pool == "decode" and self._place.config.decode.reads_prompts
+        return ("prefill", "decode") if is_both else (self.pool,)
+
+    def _post(self, kind: str) -> Post:
+        return Post(kind, self.pool, self._place, self._coordinator, self._change_role)
+
+    def _load(self) -> None:
+        checkpoint = Checkpoint(self._place.config.model.folder)
+        self._transformer = Transformer.from_checkpoint(
+            checkpoint, compute_dtype(self._place), NoExperts(), self._progress
         )
-        self.node = self.make_node(place, transformer)
-        self.node.experts_epoch = lambda: self.experts.epoch
-        self.node.start()
-        gc.freeze()
-        self.state = READY
+        for post in self.posts:
+            post.open(self._transformer)
 
     def _progress(self, done: int, total: int) -> None:
-        self.loaded_share = done / total
+        for post in self.posts:
+            post.loaded_share = done / total
 
-    def make_node(self, place: Place, transformer: Transformer) -> PrefillNode | DecodeNode:
-        """The node itself."""
-        raise NotImplementedError
+    def _change_role(self, kind: str) -> None:
+        if len(self.posts) == 1 and (self._changing is None or self._changing.done()):
+            self._changing = asyncio.get_running_loop().create_task(self._become(kind))
 
-    def describe(self) -> Member:
-        """This actor, for the coordinator."""
-        node = self.node if self.state != STARTING else None
-        return Member(
-            self.name,
-            self.kind,
-            node.endpoint.address if node else "",
-            self.state,
-            loaded_share=self.loaded_share,
-            report=node.report() if node else None,
-            **host_and_pid(),
-        )
-
-    async def on_view(self, view: View) -> None:
-        """Go by a newer placement."""
-        if view.placement_in_force is not None:
-            self.experts.adopt(view.placement_in_force)
+    async def _become(self, kind: str) -> None:
+        """Serve as the other kind of node from now on; what runs here is finished first."""
+        await self.posts[0].close()
+        self.posts = [self._post(kind)]
+        await asyncio.to_thread(self.posts[0].open, self._transformer)
 
     async def check_health(self) -> None:
-        """Raises if the node's thread has died, so that Serve starts another."""
-        if self.node is not None and not self.node.is_alive:
-            raise RuntimeError(f"{self.name} has stopped computing")
+        """Raises if a node's thread has died, so that Serve starts another process."""
+        dead = [post.name for post in self.posts if post.has_died]
+        if dead:
+            raise RuntimeError(f"{', '.join(dead)} stopped computing")
+        if self._changing is not None and self._changing.done():
+            self._changing.result()
 
     async def __del__(self) -> None:
         """Take nothing new, finish what is here, then go."""
-        self.state = DRAINING
-        await self.heartbeat.announce()
-        if self.node is not None:
-            await asyncio.sleep(NOTICED_S)
-            await drained(self.node)
-        await self.heartbeat.stop()
-        if self.node is not None:
-            await asyncio.to_thread(self.node.close)
-        self.experts.close()
+        if self._changing is not None:
+            await asyncio.wait([self._changing])
+        await asyncio.gather(*(post.close() for post in self.posts))
 
 
 class PrefillActor(NodeActor):
-    """One prefill node."""
+    """A process of the prefill pool."""
 
-    kind = "prefill"
-
-    def make_node(self, place: Place, transformer: Transformer) -> PrefillNode:
-        """The prefill node as configured."""
-        section = place.config.prefill
-        config = PrefillConfig(
-            self.name,
-            place.address(self.name),
-            place.secret,
-            section.latents_bytes,
-            section.step_tokens_max,
-            section.requests_max,
-            section.micro_batches,
-        )
-        return PrefillNode(config, transformer)
+    pool = "prefill"
 
 
 class DecodeActor(NodeActor):
-    """One decode node."""
+    """A process of the decode pool."""
 
-    kind = "decode"
-
-    def make_node(self, place: Place, transformer: Transformer) -> DecodeNode:
-        """The decode node as configured."""
-        section = place.config.decode
-        config = DecodeConfig(
-            self.name,
-            place.address(self.name),
-            place.secret,
-            section.latents_bytes,
-            section.requests_max,
-            section.micro_batches,
-            place.config.transport.lease_s,
-        )
-        return DecodeNode(config, transformer)
+    pool = "decode"
 
 
 class ShardActor:
     """One expert shard; it loads what the placement gives it."""
 
-    kind = "experts"
+    kind = pool = "experts"
 
     def __init__(self, place: Place, coordinator: Any):
         torch.set_num_threads(place.config.threads_per_actor)
@@ -196,16 +151,6 @@ class ShardActor:
 def compute_dtype(place: Place) -> torch.dtype:
     """The type that everything is computed in."""
     return getattr(torch, place.config.model.compute_dtype)
-
-
-async def drained(node: PrefillNode | DecodeNode) -> None:
-    """Wait until a node has no requests."""
-    end_s = time.monotonic() + DRAIN_S
-    while node.is_alive and time.monotonic() < end_s:
-        report = node.report()
-        if report.requests_running_count + report.requests_waiting_count == 0:
-            return
-        await asyncio.sleep(DRAIN_POLL_S)
 
 
 async def replaced(name: str, heartbeat: Heartbeat) -> None:

@@ -23,6 +23,7 @@ from cluster.errors import InvalidConfig
 
 FILE_BYTES_MAX = 64 * 2**10
 PORT_MAX = 65535
+AUTO = "auto"
 
 _UNITS_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -110,7 +111,7 @@ class GatewaySection(Section):
 class PrefillSection(Section):
     """The nodes that read prompts."""
 
-    count: NodesCount = Field(1, description="prefill nodes")
+    count: int = Field(1, ge=0, le=1024, description="prefill nodes; 0 only with decode.reads_prompts")
     count_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
     count_max: NodesCount = Field(8, description="most that the autoscaler starts")
     latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
@@ -136,6 +137,9 @@ class DecodeSection(Section):
         256 * 2**20, description="memory for latents on each node"
     )
     requests_max: int = Field(64, ge=1, le=4096, description="requests in one step of a node")
+    reads_prompts: bool = Field(
+        False, description="whether each decode node's process is a prefill node too, to compare with pools"
+    )
     resources: Resources = Field(
         {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
     )
@@ -181,7 +185,7 @@ class TransportSection(Section):
     )
     host: Host = Field(
         "127.0.0.1",
-        description="for tcp: the address that nodes and shards listen on; auto: by which Ray knows the host",
+        description="for tcp: the address that nodes and shards listen on; auto: the one that leads to other hosts",
     )
     secret_file: ResolvedPath | None = Field(
         None, description="file with the secret that channels ask for; empty: a new one with each start"
@@ -247,6 +251,12 @@ class ClusterConfig(Section):
     def _ports_differ(self) -> "ClusterConfig":
         if self.dashboard.enabled and self.gateway.port == self.dashboard.port != 0:
             raise ValueError("gateway.port and dashboard.port must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_reads_prompts(self) -> "ClusterConfig":
+        if self.prefill.count == 0 and not self.decode.reads_prompts:
+            raise ValueError("prefill.count may be 0 only with decode.reads_prompts")
         return self
 
     def with_overrides(

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import time
+from typing import Any
 
 from cluster.membership import Member, Membership, View
 from cluster.place import Place, expert_bytes, plan_config, rebalance_config
@@ -24,7 +25,8 @@ COMPILE = ("-m", "experts.prepare")
 class Coordinator:
     """Heartbeats in, views out; if it dies, the next heartbeats rebuild it."""
 
-    async def __init__(self, place: Place):
+    async def __init__(self, place: Place, window: Any):
+        """`window.dashboard()` tells where Ray's dashboard server is."""
         model = ModelConfig.from_folder(place.config.model.folder)
         self._planner = Planner.of_model(model, plan_config(model, place.config))
         self._membership = Membership(
@@ -47,6 +49,10 @@ class Coordinator:
     async def view(self) -> View:
         """What the coordinator knows."""
         return self._membership.view(time.monotonic())
+
+    async def lend(self, from_kind: str, to_kind: str) -> str | None:
+        """Have a node serve as the other kind; its name, or None where none can be asked."""
+        return self._membership.lend(from_kind, to_kind)
 
     async def experts(self) -> ExpertsReport:
         """How the experts are placed and loaded."""

@@ -6,7 +6,6 @@ commands do not.
 
 import asyncio
 import json
-import secrets
 import shutil
 import signal
 import sys
@@ -27,7 +26,7 @@ from cluster.config import ClusterConfig, check_config
 from cluster.errors import InvalidConfig, TriviumError
 from cluster.membership import READY, View
 from cluster.model_folder import open_checkpoint
-from cluster.place import Place
+from cluster.place import make_place
 from cluster.show import cluster_table, stream_to_screen
 from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
@@ -63,7 +62,7 @@ class Cluster:
         self.dashboard = pools.start_ray(self.config.dashboard.enabled, self.config.dashboard.port).dashboard
         on_stage("starting the pools")
         self._is_deployed = True
-        pools.deploy(Place(self.config, secrets.token_hex(32), self.sockets_folder))
+        pools.deploy(make_place(self.config, self.sockets_folder))
         return self._wait_ready(on_view)
 
     def stop(self) -> None:
@@ -128,11 +127,15 @@ def check_model(config: ClusterConfig) -> None:
 def check_surroundings(config: ClusterConfig) -> None:
     """See that ports are free and the token can be read, before anything is started; raises InvalidConfig."""
     read_token(config.gateway.token_file, "gateway.token_file")
+    read_token(config.transport.secret_file, "transport.secret_file")
+    read_token(config.operations.token_file, "operations.token_file")
     if pools.joins_existing():
         return  # gateways and dashboard may be on other hosts
     check_port(config.gateway.host, config.gateway.port, "gateway.port")
     if config.dashboard.enabled:
         check_port("127.0.0.1", config.dashboard.port, "dashboard.port")
+    if config.operations.enabled:
+        check_port(config.operations.host, config.operations.port, "operations.port")
 
 
 def check_port(host: str, port: int, field: str) -> None:

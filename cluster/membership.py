@@ -1,6 +1,7 @@
 """Who is in the cluster, and which placement of experts follows from it: pure, time is an argument."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from cluster.gateway_report import GatewayReport
 from decode.messages import NodeReport
@@ -39,6 +40,8 @@ class Member:
     """That it goes by, told to a coordinator which knows of none."""
     epochs_known: frozenset[int] = frozenset()
     """Of placements that it need not be told again: a large model's table is long."""
+    pool: str = ""
+    """Deployment that its process belongs to, where that is not its kind: it is lent to another pool."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class View:
     placement_in_force: Placement | None = None
     nodes_epoch: int = 0
     """Epoch that every node goes by, or a later one: shards let go of what is older."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Kind of node wanted in the process of a member, where it is another than its own."""
 
     def of_kind(self, kind: str) -> tuple[Member, ...]:
         """Members of one kind, by name."""
@@ -132,6 +137,7 @@ class Membership:
         self._asked_s = 0.0
         self._shards_changed_s = 0.0
         self._shard_names: tuple[str, ...] = ()
+        self._roles: dict[str, str] = {}
 
     def heartbeat(self, member: Member, now_s: float) -> View:
         """Take a member's word and tell it what everybody has said."""
@@ -147,7 +153,27 @@ class Membership:
         self._members.pop(name, None)
         self._heard_s.pop(name, None)
         self._observed_s.pop(name, None)
+        self._roles.pop(name, None)
         self.experts.load.leave(name)
+
+    def lend(self, from_kind: str, to_kind: str) -> str | None:
+        """Ask one node of a kind to serve as the other: one that is lent goes home first, then the idlest.
+
+        Returns its name, or None where nobody of that kind can be asked.
+        """
+        nodes = [
+            member
+            for member in self._members.values()
+            if member.kind == from_kind
+            and member.state == READY
+            and member.name not in self._roles
+            and isinstance(member.report, NodeReport)
+        ]
+        chosen = min(nodes, key=lambda node: (node.pool != to_kind, requests_count(node), node.name), default=None)
+        if chosen is None:
+            return None
+        self._roles[chosen.name] = to_kind
+        return chosen.name
 
     def view(self, now_s: float) -> View:
         """The members not silent for too long, and the placements."""
@@ -158,11 +184,11 @@ class Membership:
         self._place(members, now_s)
         if not self._model.moe_layers:
             no_experts = Placement(1, self._model.dense_layers_count, (), ())
-            return View(members, no_experts, no_experts)
+            return View(members, no_experts, no_experts, roles=dict(self._roles))
         in_force = self.experts.in_force
         # no shard may let go of anything before nodes are known to go by what is in force
         epoch = min(nodes_epoch(members), in_force.epoch) if in_force is not None else 0
-        return View(members, self.experts.placement, in_force, epoch)
+        return View(members, self.experts.placement, in_force, epoch, dict(self._roles))
 
     def _forgive(self, now_s: float) -> None:
         """Where nobody at all was heard for a while, it was this process that stood still, not they."""
@@ -244,6 +270,12 @@ class Membership:
         first = sorted(shards, key=lambda shard: (shard.name not in holding, shard.name))
         chosen = sorted(first[: self._model.routed_experts_count], key=lambda shard: shard.name)
         return tuple(ShardAddress(shard.name, shard.address, shard.host) for shard in chosen)
+
+
+def requests_count(member: Member) -> int:
+    """Requests that a node has, running or waiting; 0 where it has not said."""
+    report = member.report
+    return report.requests_running_count + report.requests_waiting_count if isinstance(report, NodeReport) else 0
 
 
 def epoch_of(member: Member) -> int:

@@ -1,13 +1,16 @@
 """What every actor of a cluster is told when it starts."""
 
 import math
+import secrets
 from dataclasses import dataclass, field
 
-from cluster.config import ClusterConfig
+from cluster.config import AUTO, ClusterConfig
+from cluster.token_file import read_token
 from experts.config import PlanConfig
 from experts.rebalance import RebalanceConfig
 from kernels.model.config import ModelConfig
 from kernels.model.pages import PAGE_TOKENS
+from kernels.transport.connect import own_host
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -24,7 +27,14 @@ class Place:
         """Where a member of this name listens."""
         if self.config.transport.scheme == "unix":
             return f"unix://{self.sockets_folder}/{name}.sock"
-        return f"tcp://{self.config.transport.host}:0"
+        host = self.config.transport.host
+        return f"tcp://{own_host() if host == AUTO else host}:0"
+
+
+def make_place(config: ClusterConfig, sockets_folder: str) -> Place:
+    """The place of a new cluster, with the secret that its file holds or a new one; raises InvalidConfig."""
+    secret = read_token(config.transport.secret_file, "transport.secret_file")
+    return Place(config, secret or secrets.token_hex(32), sockets_folder)
 
 
 def plan_config(model: ModelConfig, config: ClusterConfig) -> PlanConfig:

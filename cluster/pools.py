@@ -7,20 +7,27 @@ token and no tensor ever goes through it.
 import logging
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray import serve
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from cluster.actors import DRAIN_S, DecodeActor, PrefillActor, ShardActor
+from cluster.actors import DecodeActor, PrefillActor, ShardActor
+from cluster.config import load_config
 from cluster.coordinator import Coordinator
 from cluster.errors import InvalidConfig
 from cluster.gateway import GatewayActor
 from cluster.membership import View
-from cluster.place import Place
+from cluster.place import Place, make_place
+from cluster.post import DRAIN_S
+from cluster.ray_dashboard import DashboardAccess
 
 APPLICATION = "trivium"
 HEALTH_PERIOD_S = 2.0
@@ -86,27 +93,62 @@ def deploy(place: Place) -> None:
 def application(place: Place) -> serve.Application:
     """The gateway with everything behind it, as one Serve application."""
     config = place.config
-    coordinator = pool(Coordinator, "coordinator", 1).bind(place)
+    resources = config.operations.coordinator_resources
+    coordinator = pool(Coordinator, "coordinator", 1, resources).bind(place, RayWindow())
+    counts = {
+        PrefillActor: (config.prefill.count, config.prefill.resources),
+        DecodeActor: (config.decode.count, config.decode.resources),
+        ShardActor: (config.experts.shards_count, config.experts.resources),
+    }
     nodes = [
-        pool(PrefillActor, "prefill", config.prefill.count).bind(place, coordinator),
-        pool(DecodeActor, "decode", config.decode.count).bind(place, coordinator),
-        pool(ShardActor, "experts", config.experts.shards_count).bind(place, coordinator),
+        pool(actor, actor.pool, *asked).bind(place, coordinator)
+        for actor, asked in counts.items()
+        if asked[0] > 0
     ]
-    return pool(GatewayActor, "gateway", config.gateway.count).bind(place, coordinator, *nodes)
+    gateways = pool(GatewayActor, "gateway", config.gateway.count, config.gateway.resources)
+    return gateways.bind(place, coordinator, *nodes)
 
 
-def pool(actor: Callable, name: str, count: int) -> serve.Deployment:
-    """A deployment of `count` actors of one class."""
+def configured(args: dict[str, str]) -> serve.Application:
+    """What a Serve config file builds by `import_path: cluster.pools:configured`, `args: {config: FILE}`.
+
+    Raises InvalidConfig. A `revision` among the arguments has Serve build anew when the file has changed.
+    """
+    config = load_config(Path(args["config"]))
+    return application(make_place(config, tempfile.mkdtemp(prefix="trivium-")))
+
+
+def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float]) -> serve.Deployment:
+    """A deployment of `count` actors of one class, each on a host that has the resources."""
+    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     return serve.deployment(
         actor,
         name=name,
         num_replicas=count,
         max_ongoing_requests=CONTROL_CALLS_MAX,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={
+            "num_cpus": resources.get("CPU", 0),
+            "num_gpus": resources.get("GPU", 0),
+            "resources": others,
+        },
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
+
+
+class RayWindow:
+    """Through which an actor finds Ray's own dashboard server; it holds nothing, so it travels freely."""
+
+    def dashboard(self) -> DashboardAccess | None:
+        """Where the server is and what it wants to see, or None where there is none."""
+        address = get_webui_url_from_internal_kv()
+        return DashboardAccess(f"http://{address}", auth_headers()) if address else None
+
+
+def auth_headers() -> dict[str, str]:
+    """Headers by which Ray's servers know this cluster's own processes."""
+    return dict(get_auth_headers_if_auth_enabled({}))
 
 
 def coordinator_handle() -> DeploymentHandle:

@@ -1,5 +1,6 @@
 """A layer's mixture of experts, which never learns where the experts live."""
 
+import copy
 from typing import Protocol
 
 import torch
@@ -27,6 +28,16 @@ class RoutedExperts(Protocol):
         """Send `hidden [tokens, hidden]` to `expert_ids [tokens, choices]`; does not wait for them."""
 
 
+class NoExperts:
+    """An empty socket: for weights that are loaded before it is known who serves from them."""
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
+    ) -> PendingExperts:
+        """Raises RuntimeError: there is nobody to send tokens to."""
+        raise RuntimeError(f"layer {layer}: this model is plugged into no experts")
+
+
 class MixtureOfExperts:
     """The gate, the shared experts, and the socket for the routed ones."""
 
@@ -39,6 +50,12 @@ class MixtureOfExperts:
         self._gate_bias = weights.get(f"{prefix}gate.e_score_correction_bias")
         shared = config.shared_experts_count > 0
         self._shared = gated_weights(weights, f"{prefix}shared_experts.") if shared else None
+
+    def plugged_into(self, routed: RoutedExperts) -> "MixtureOfExperts":
+        """The same weights with other routed experts."""
+        twin = copy.copy(self)
+        twin.routed = routed
+        return twin
 
     def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert weights float32 and ids int64, `[tokens, choices]`, of `hidden [tokens, hidden]`."""

@@ -1,5 +1,6 @@
 """The attention half of a model, its layers in order, with a socket for the routed experts."""
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 
 import torch
@@ -33,6 +34,12 @@ class Layer:
         self.moe = MixtureOfExperts(config, weights, layer, routed) if moe else None
         self.dense = None if moe else gated_weights(weights, f"{prefix}mlp.")
 
+    def plugged_into(self, routed: RoutedExperts) -> "Layer":
+        """The same weights with other routed experts."""
+        twin = copy.copy(self)
+        twin.moe = self.moe.plugged_into(routed) if self.moe is not None else None
+        return twin
+
 
 class Transformer:
     """Hidden states from tokens, and logits from hidden states; who attends to what is the caller's."""
@@ -62,6 +69,12 @@ class Transformer:
         """Load everything but the routed experts, computed in `dtype`; raises CheckpointError."""
         names = attention_half_names(checkpoint.config)
         return cls(checkpoint.config, checkpoint.load(names, dtype, on_progress), routed)
+
+    def plugged_into(self, routed: RoutedExperts) -> "Transformer":
+        """The same weights with other routed experts: a further node in this process costs no memory."""
+        twin = copy.copy(self)
+        twin.layers = [layer.plugged_into(routed) for layer in self.layers]
+        return twin
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,6 +23,16 @@ KEEPALIVE_S = 10
 SILENT_HOST_S = 60
 
 
+def own_host() -> str:
+    """Address of this host on the way to others; no packet is sent to find it out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # an address of nobody (RFC 5737): routed like any far one
+        except OSError:
+            return "127.0.0.1"
+        return sock.getsockname()[0]
+
+
 class Listener(Protocol):
     """A place where peers knock; `address` is what they connect to."""
 

@@ -1,0 +1,133 @@
+"""One node's post in an actor's process: from its first heartbeat, through all that it serves, to its last."""
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.heartbeat import Heartbeat, host_and_pid, member_name
+from cluster.membership import DRAINING, READY, STARTING, Member, View
+from cluster.place import Place
+from decode.config import DecodeConfig
+from decode.node import DecodeNode
+from experts.client import RemoteExperts
+from experts.config import DispatchConfig
+from kernels.model.transformer import Transformer
+from prefill.config import PrefillConfig
+from prefill.node import PrefillNode
+
+DRAIN_S = 600.0
+DRAIN_POLL_S = 0.1
+NOTICED_S = 0.6  # in which gateways hear that a node drains
+
+Node = PrefillNode | DecodeNode
+
+
+class Post:
+    """A prefill or decode node, known to the coordinator under a name of its own while it lasts."""
+
+    def __init__(self, kind: str, pool: str, place: Place, coordinator: Any, on_role: Callable[[str], None]):
+        """`on_role` is told when the coordinator wants another kind of node in this process."""
+        self.kind = kind
+        self.pool = pool
+        self.name = member_name(kind)
+        self.state = STARTING
+        self.loaded_share = 0.0
+        self.node: Node | None = None
+        self._place = place
+        self._on_role = on_role
+        timeout_s = place.config.experts.dispatch_timeout_s
+        dispatch = DispatchConfig(self.name, place.secret, timeout_s, host=host_and_pid()["host"])
+        self.experts = RemoteExperts(dispatch)
+        self._heartbeat = Heartbeat(coordinator, self.describe, self._follow)
+        self._heartbeat.start()
+
+    def open(self, transformer: Transformer) -> None:
+        """Begin to serve; the weights may be another post's too."""
+        make = make_prefill if self.kind == "prefill" else make_decode
+        node = make(self.name, self._place, transformer.plugged_into(self.experts))
+        node.experts_epoch = lambda: self.experts.epoch
+        node.dispatch_report = self.experts.report
+        node.start()
+        gc.freeze()
+        self.node, self.loaded_share, self.state = node, 1.0, READY
+
+    def describe(self) -> Member:
+        """This node, for the coordinator."""
+        node = self.node if self.state != STARTING else None
+        return Member(
+            self.name,
+            self.kind,
+            node.endpoint.address if node else "",
+            self.state,
+            loaded_share=self.loaded_share,
+            report=node.report() if node else None,
+            pool=self.pool,
+            **host_and_pid(),
+        )
+
+    @property
+    def has_died(self) -> bool:
+        """Whether its node has stopped computing, though nobody asked it to."""
+        return self.node is not None and self.state == READY and not self.node.is_alive
+
+    async def close(self) -> None:
+        """Take nothing new, finish what is here, then go."""
+        self.state = DRAINING if self.node is not None else STARTING
+        await self._heartbeat.announce()
+        if self.node is not None:
+            await asyncio.sleep(NOTICED_S)
+            await drained(self.node)
+        await self._heartbeat.stop()
+        if self.node is not None:
+            await asyncio.to_thread(self.node.close)
+        self.experts.close()
+
+    async def _follow(self, view: View) -> None:
+        """Go by a newer placement, and hear which role is wanted here."""
+        if view.placement_in_force is not None:
+            self.experts.adopt(view.placement_in_force)
+        role = view.roles.get(self.name, self.kind)
+        if role != self.kind and self.state == READY:
+            self._on_role(role)
+
+
+def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNode:
+    """A prefill node as configured."""
+    section = place.config.prefill
+    config = PrefillConfig(
+        name,
+        place.address(name),
+        place.secret,
+        section.latents_bytes,
+        section.step_tokens_max,
+        section.requests_max,
+        section.micro_batches,
+    )
+    return PrefillNode(config, transformer)
+
+
+def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode:
+    """A decode node as configured."""
+    section = place.config.decode
+    config = DecodeConfig(
+        name,
+        place.address(name),
+        place.secret,
+        section.latents_bytes,
+        section.requests_max,
+        section.micro_batches,
+        place.config.transport.lease_s,
+    )
+    return DecodeNode(config, transformer)
+
+
+async def drained(node: Node) -> None:
+    """Wait until a node has no requests."""
+    end_s = time.monotonic() + DRAIN_S
+    while node.is_alive and time.monotonic() < end_s:
+        report = node.report()
+        if report.requests_running_count + report.requests_waiting_count == 0:
+            return
+        await asyncio.sleep(DRAIN_POLL_S)
