@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experts.messages import DispatchReport
 from kernels.transport.schema import Schema
 
 STOP, LENGTH = "stop", "length"
@@ -211,6 +212,13 @@ class NodeReport:
     """Seconds that latents were still on their way after their prompt was computed, all requests together."""
     busy_s: float = 0.0
     """Seconds spent in steps."""
+    cached_tokens_count: int = 0
+    """Prompt tokens that a prefill node found in its pages, beside `tokens_count` that it computed."""
+    latents_bytes: int = 0
+    """Bytes of latents that a prefill node has sent, or a decode node received."""
+    receiving_s: float = 0.0
+    """Seconds in which frames of latents came in to a decode node, all prefill nodes' together."""
+    dispatch: DispatchReport = field(default_factory=DispatchReport)
 
 
 def checksum(parts: Sequence[memoryview]) -> int:

@@ -28,6 +28,7 @@ from decode.messages import (
 from decode.request import DecodeRequest
 from decode.step import DecodeStep
 from experts.errors import ExpertsError
+from experts.messages import DispatchReport
 from kernels.model.latent_cache import LatentCache
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import Samples, sample_each
@@ -59,10 +60,14 @@ class DecodeNode:
         self.tokens_count = 0
         self.steps_count = 0
         self.busy_s = 0.0
+        self.latents_bytes = 0
+        self.receiving_s = 0.0
         self.experts_epoch: Callable[[], int] = lambda: 0
+        self.dispatch_report: Callable[[], DispatchReport] = DispatchReport
         self._model = model
         self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
+        self._receiving: dict[Channel, tuple[float, int]] = {}
         self._cancelled: set[tuple[str, int]] = set()
         self._gone: set[Channel] = set()
         self._extended: set[str] = set()
@@ -129,6 +134,9 @@ class DecodeNode:
             refused_frames_count=self.inbox.refused_count + self.endpoint.counts.refused_peers_count,
             failures=failures,
             busy_s=self.busy_s,
+            latents_bytes=self.latents_bytes,
+            receiving_s=self.receiving_s,
+            dispatch=self.dispatch_report(),
         )
 
     def close(self) -> None:
@@ -163,6 +171,7 @@ class DecodeNode:
     def _choose_buffers(self, channel: Channel, header: Header) -> list[memoryview] | None:
         if header.kind != Latents.__name__:
             return []
+        self._receiving[channel] = time.perf_counter(), header.payload_bytes
         return self.inbox.choose_buffers(channel, DOWN.read(header.kind, header.body), header.payload_bytes)
 
     def _on_frame(self, channel: Channel, frame: Frame) -> None:
@@ -186,6 +195,9 @@ class DecodeNode:
                 UP.send(channel, self.report())
 
     def _latents_came(self, channel: Channel) -> None:
+        begin_s, size_bytes = self._receiving.pop(channel)
+        self.receiving_s += time.perf_counter() - begin_s
+        self.latents_bytes += size_bytes
         damaged = self.inbox.received(channel)
         if damaged is not None:
             self._tell_failed([damaged], "latents_damaged", "latents arrived damaged", retryable=True)
@@ -207,6 +219,7 @@ class DecodeNode:
             self._work.set()
 
     def _on_closed(self, channel: Channel) -> None:
+        self._receiving.pop(channel, None)
         unfinished = self.inbox.channel_closed(channel)
         self.inbox.cancel_of(channel)
         with self._lock:

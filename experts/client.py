@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,15 @@ import torch
 
 from experts.config import DispatchConfig
 from experts.errors import DispatchRefused, ExpertsUnavailable
-from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement
+from experts.messages import (
+    COMBINE,
+    DISPATCH,
+    DISPATCH_BOUNDS_S,
+    REFUSED,
+    DispatchHeader,
+    DispatchReport,
+    Placement,
+)
 from experts.route import Route, ShardSlots
 from kernels.ops.mix import mix
 from kernels.transport.connect import connect
@@ -55,6 +64,7 @@ class Call:
     hidden: torch.Tensor
     expert_ids: torch.Tensor
     expert_weights: torch.Tensor
+    begin_s: float
     end_s: float
     order: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
@@ -81,6 +91,10 @@ class RemoteExperts:
         self._parts: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()  # of living calls
         self._call_ids: Iterator[int] = itertools.count(1)
         self.retries_count = 0
+        self._counts = [0] * (len(DISPATCH_BOUNDS_S) + 1)
+        self._took_s = 0.0
+        self._waited_s = 0.0
+        self._given_up_count = 0
 
     def adopt(self, placement: Placement) -> None:
         """Go by a newer placement from the next dispatch on."""
@@ -98,7 +112,9 @@ class RemoteExperts:
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
     ) -> Call:
         """Send each shard its tokens of `hidden [tokens, hidden]`; does not wait for the answers."""
-        call = Call(self, layer, hidden, expert_ids, expert_weights, time.monotonic() + self.config.timeout_s)
+        now_s = time.monotonic()
+        end_s = now_s + self.config.timeout_s
+        call = Call(self, layer, hidden, expert_ids, expert_weights, now_s, end_s)
         try:
             self._send(call)
         except ChannelError:
@@ -107,6 +123,23 @@ class RemoteExperts:
 
     def finish(self, call: Call) -> None:
         """Wait until every part of a call is here, sending it anew where a shard failed."""
+        begin_s = time.monotonic()
+        try:
+            self._finish(call)
+        except ExpertsUnavailable:
+            self._given_up_count += 1
+            raise
+        now_s = time.monotonic()
+        self._waited_s += now_s - begin_s
+        self._took_s += now_s - call.begin_s
+        self._counts[bisect_left(DISPATCH_BOUNDS_S, now_s - call.begin_s)] += 1
+
+    def report(self) -> DispatchReport:
+        """Numbers about the dispatches until now; safe from any thread."""
+        counts = tuple(self._counts)
+        return DispatchReport(counts, self._took_s, self._waited_s, self.retries_count, self._given_up_count)
+
+    def _finish(self, call: Call) -> None:
         while True:
             try:
                 if not call.parts:

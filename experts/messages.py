@@ -13,6 +13,13 @@ from typing import Any
 DISPATCH, COMBINE, REFUSED = "dispatch", "combine", "refused"
 FETCH, WEIGHTS = "fetch", "weights"
 
+DISPATCH_BOUNDS_S = (
+    *(5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4),
+    *(1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 2e-2, 5e-2),
+    *(0.1, 0.2, 0.5, 1.0, 3.0, 10.0, 30.0),
+)
+"""Between them dispatches are counted by how long they took."""
+
 
 @dataclass(frozen=True)
 class ShardAddress:
@@ -107,3 +114,20 @@ class ShardReport:
     """Experts that came from siblings since the shard began; the others came from the checkpoint."""
     load: tuple[tuple[int, ...], ...]
     """Slots computed for each MoE layer and expert since the shard began."""
+    busy_s: float = 0.0
+    """Seconds spent computing."""
+
+
+@dataclass(frozen=True)
+class DispatchReport:
+    """Numbers about a node's dispatches since it began, as the node sees them."""
+
+    counts: tuple[int, ...] = (0,) * (len(DISPATCH_BOUNDS_S) + 1)
+    """Answered dispatches, of one layer each, by time from dispatch to the last answer."""
+    took_s: float = 0.0
+    """Those times together; shared experts and the other micro-batch compute meanwhile."""
+    waited_s: float = 0.0
+    """Of that, seconds in which the node had nothing else to do."""
+    retries_count: int = 0
+    given_up_count: int = 0
+    """Dispatches that no shard answered in the time allowed."""

@@ -67,6 +67,7 @@ class ExpertShard:
         self._dispatches_count = 0
         self._refused_count = 0
         self._fetched_count = 0
+        self._busy_s = 0.0
         self._endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame)
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -154,6 +155,7 @@ class ExpertShard:
             fetched_count=self._fetched_count,
             refused_count=self._refused_count + self._endpoint.counts.refused_peers_count,
             load=self.load.table(),
+            busy_s=self._busy_s,
         )
 
     def close(self) -> None:
@@ -241,6 +243,7 @@ class ExpertShard:
 
     def _serve(self, layer: int, dispatches: list[Dispatch]) -> None:
         self._dispatches_count += len(dispatches)
+        begin_s = time.perf_counter()
         try:
             outputs = self._compute(layer, dispatches)
         except Exception:
@@ -248,6 +251,7 @@ class ExpertShard:
             for dispatch in dispatches:
                 self._refuse(dispatch.channel, dispatch.header, "the shard failed to compute it")
             return
+        self._busy_s += time.perf_counter() - begin_s
         for dispatch, output in zip(dispatches, outputs, strict=True):
             self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [as_bytes(output)])
 

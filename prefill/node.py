@@ -19,6 +19,7 @@ from decode.messages import (
     TokenLogprob,
 )
 from experts.errors import ExpertsError
+from experts.messages import DispatchReport
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
 from kernels.model.transformer import Transformer
@@ -56,10 +57,12 @@ class PrefillNode:
         self.batcher = PrefillBatcher(config.step_tokens_max, config.requests_max)
         self.failures: Counter[str] = Counter()
         self.tokens_count = 0
+        self.cached_tokens_count = 0
         self.steps_count = 0
         self.transfer_s = 0.0
         self.busy_s = 0.0
         self.experts_epoch: Callable[[], int] = lambda: 0
+        self.dispatch_report: Callable[[], DispatchReport] = DispatchReport
         self._model = model
         self.prefill_step = PrefillStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
@@ -133,6 +136,9 @@ class PrefillNode:
             failures=failures,
             transfer_s=self.transfer_s,
             busy_s=self.busy_s,
+            cached_tokens_count=self.cached_tokens_count,
+            latents_bytes=self.outbox.sent_bytes,
+            dispatch=self.dispatch_report(),
         )
 
     def close(self) -> None:
@@ -248,6 +254,7 @@ class PrefillNode:
             with self._lock:  # so that no report misses a request between waiting and running
                 self.batcher.begin(request)
             if request.cached_tokens_count:
+                self.cached_tokens_count += request.cached_tokens_count
                 self._send_cached(request)
 
     def _send_cached(self, request: PrefillRequest) -> None:

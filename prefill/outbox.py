@@ -44,6 +44,7 @@ class Outbox:
     """Sends parcels to the decode nodes that their requests have reservations on."""
 
     def __init__(self, endpoint: Endpoint, on_failed: Callable[[PrefillRequest], None]):
+        self.sent_bytes = 0
         self._endpoint = endpoint
         self._on_failed = on_failed
         self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
@@ -105,6 +106,7 @@ class Outbox:
             span = (parcel.layer, parcel.begin, parcel.end, dtype, checksum([data]))
             self._wait_for_room(channel, data.nbytes)
             DECODE_DOWN.send(channel, Latents(asked.request_id, asked.generation, *span), [data])
+            self.sent_bytes += data.nbytes
         except ChannelError as error:
             logger.warning("%s: latents of %s: %s", self._endpoint.name, asked.request_id, error)
             self._on_failed(parcel.request)
