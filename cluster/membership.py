@@ -1,5 +1,6 @@
 """Who is in the cluster, and which placement of experts follows from it: pure, time is an argument."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -128,6 +129,8 @@ class Membership:
         self.experts = Rebalance(rebalance, load, expert_bytes, solve)
         self._model = model
         self._shards_expected_count = shards_expected_count
+        self.lost_counts: Counter[str] = Counter()
+        """Members forgotten for their silence, by kind."""
         self._members: dict[str, Member] = {}
         self._heard_s: dict[str, float] = {}
         self._observed_s: dict[str, float] = {}
@@ -156,6 +159,10 @@ class Membership:
         self._roles.pop(name, None)
         self.experts.load.leave(name)
 
+    def silences_s(self, now_s: float) -> dict[str, float]:
+        """Seconds since each member was heard, by name."""
+        return {name: now_s - heard_s for name, heard_s in self._heard_s.items()}
+
     def lend(self, from_kind: str, to_kind: str) -> str | None:
         """Ask one node of a kind to serve as the other: one that is lent goes home first, then the idlest.
 
@@ -179,6 +186,7 @@ class Membership:
         """The members not silent for too long, and the placements."""
         self._forgive(now_s)
         for name in [name for name, heard_s in self._heard_s.items() if now_s - heard_s > SILENT_S]:
+            self.lost_counts[self._members[name].kind] += 1
             self.leave(name)
         members = tuple(sorted(self._members.values(), key=lambda member: member.name))
         self._place(members, now_s)
