@@ -10,6 +10,7 @@ from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.place import Place
 from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
+from cluster.tracing import start_tracing, stop_tracing
 from experts.config import ShardConfig
 from experts.shard import ExpertShard
 from kernels.model.checkpoint import Checkpoint
@@ -110,6 +111,8 @@ class ShardActor:
         self.shard.start()
         self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
         self.heartbeat.start()
+        endpoint = place.config.operations.traces_endpoint
+        self._tracing = start_tracing(endpoint, self.kind, self.name, self.shard.spans)
 
     def describe(self) -> Member:
         """This actor, for the coordinator."""
@@ -146,6 +149,7 @@ class ShardActor:
         await unasked(self.shard)
         await self.heartbeat.stop()
         await asyncio.to_thread(self.shard.close)
+        await stop_tracing(self._tracing)
 
 
 def compute_dtype(place: Place) -> torch.dtype:

@@ -185,7 +185,7 @@ class TransportSection(Section):
     )
     host: Host = Field(
         "127.0.0.1",
-        description="for tcp: the address that nodes and shards listen on; auto: the one that leads to other hosts",
+        description="for tcp: where nodes and shards listen; auto: this host's address on the way to others",
     )
     secret_file: ResolvedPath | None = Field(
         None, description="file with the secret that channels ask for; empty: a new one with each start"
@@ -211,7 +211,7 @@ class OperationsSection(Section):
     host: Host = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8266, ge=0, le=PORT_MAX, description="HTTP port; 0 takes any free one")
     token_file: ResolvedPath | None = Field(
-        None, description="file with the token that the Pools page asks for; empty: a new one is shown at start"
+        None, description="file with the token that the Pools page asks for; empty: a new one with each start"
     )
     ray_metrics: bool = Field(True, description="whether Ray's exporter carries the same metrics")
     traces_endpoint: str = Field(

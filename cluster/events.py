@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from decode.messages import SamplingParameters, TokenLogprob
+from kernels.transport.spans import UNTRACED
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,8 @@ class RoutedRequest:
     token_ids: tuple[int, ...]
     sampling: SamplingParameters
     priority: int = 0
+    traceparent: str = UNTRACED
+    """Its place in a trace."""
 
 
 # events
@@ -123,4 +126,3 @@ class FailRequest:
 
 
 Command = SayToNode | DeliverTokens | FinishRequest | FailRequest
-

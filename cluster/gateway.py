@@ -18,10 +18,13 @@ from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.place import Place, context_tokens_max
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.request_trace import RequestTraces
 from cluster.token_file import read_token
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import start_tracing, stop_tracing
 from cluster.validation import RequestLimits
 from kernels.model.config import ModelConfig
+from kernels.transport.spans import SpanLog
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,12 @@ class GatewayActor:
         self.desk = Desk(
             self.name, place.secret, place.config.transport.lease_s, section.requests_waiting_max
         )
-        self.service = InferenceService(model, self.desk, section.stall_timeout_s)
+        operations = place.config.operations
+        spans = SpanLog()
+        share = operations.traces_share if operations.traces_endpoint else 0.0
+        traces = RequestTraces(spans, share, model.name)
+        self._tracing = start_tracing(operations.traces_endpoint, self.kind, self.name, spans)
+        self.service = InferenceService(model, self.desk, section.stall_timeout_s, traces)
         self.health = health.aio.HealthServicer()
         limit = section.message_bytes_max or max(
             MESSAGE_BYTES_MIN, MESSAGE_BYTES_PER_TOKEN * model.limits.context_tokens_max
@@ -104,6 +112,7 @@ class GatewayActor:
         await self.server.stop(GRACE_S)  # those who watch health or hold a reflection stream stay no longer
         await closing
         self.desk.close()
+        await stop_tracing(self._tracing)
 
     async def _keep_health(self) -> None:
         """Say by health whether a request could be served, as the nodes themselves tell."""

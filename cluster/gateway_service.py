@@ -1,7 +1,9 @@
 """The three calls of trivium.v1.Inference."""
 
 import asyncio
+import random
 import secrets
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -13,11 +15,13 @@ from cluster.errors import Cancelled
 from cluster.events import DeliverTokens, FinishRequest, RoutedRequest
 from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.request_trace import TRACEPARENT, RequestTrace, RequestTraces
 from cluster.text_stream import TextDelta, TextStream
 from cluster.tokenizer import Tokenizer
-from cluster.validation import RequestLimits, ValidRequest, validate
+from cluster.validation import RequestedGeneration, RequestLimits, ValidRequest, validate
 from decode.messages import LENGTH, NodeReport, TokenLogprob
 from kernels.model.config import ModelConfig
+from kernels.transport.spans import SpanLog
 
 KINDS = {
     "gateway": trivium_pb2.NODE_KIND_GATEWAY,
@@ -56,20 +60,39 @@ class ServedModel:
 class InferenceService(trivium_pb2_grpc.InferenceServicer):
     """Turns calls into requests at the desk, and what they bring into responses."""
 
-    def __init__(self, model: ServedModel, desk: Desk, stall_timeout_s: float):
+    def __init__(
+        self, model: ServedModel, desk: Desk, stall_timeout_s: float, traces: RequestTraces | None = None
+    ):
         self.view = View()
+        self._traces = traces or RequestTraces(SpanLog(), 0.0, model.name)
         self._model = model
         self._desk = desk
         self._stall_timeout_s = stall_timeout_s
 
     async def Generate(self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Validate, admit, stream; a call that ends early ends its request."""
-        valid = await self._validated(request)
-        request_id = self._desk.new_request_id()
+        sent = dict(context.invocation_metadata()).get(TRACEPARENT)
+        trace = self._traces.begin(sent, time.monotonic(), random.random())
         try:
-            self._desk.admit(RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority))
+            await self._generate(request, context, trace)
+        except BaseException as error:
+            trace.failed(error)
+            raise
+        finally:
+            trace.end(time.monotonic())
+
+    async def _generate(
+        self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext, trace: RequestTrace
+    ) -> None:
+        requested = wire.to_requested(request)
+        valid = await self._validated(requested, request.ByteSize())
+        request_id = self._desk.new_request_id()
+        trace.asked(requested, valid, request_id)
+        routed = RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority, trace.place)
+        try:
+            self._desk.admit(routed)
             await self._write(context, wire.admitted(request_id, len(valid.token_ids), valid.sampling.seed))
-            async for response in self._responses(request_id, valid):
+            async for response in self._responses(request_id, valid, trace):
                 await self._write(context, response)
         finally:
             self._desk.leave(request_id)
@@ -104,10 +127,9 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             placement_epoch=placement.epoch if placement else 0,
         )
 
-    async def _validated(self, request: trivium_pb2.GenerateRequest) -> ValidRequest:
-        requested = wire.to_requested(request)
+    async def _validated(self, requested: RequestedGeneration, request_bytes: int) -> ValidRequest:
         arguments = (requested, self._model.limits, secrets.randbits(64), self._model.tokenizer)
-        if request.ByteSize() < VALIDATED_INLINE_BYTES:
+        if request_bytes < VALIDATED_INLINE_BYTES:
             return validate(*arguments)
         return await asyncio.to_thread(validate, *arguments)
 
@@ -124,7 +146,7 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
                 remedy="Read the stream as it comes.",
             ) from None
 
-    async def _responses(self, request_id: str, valid: ValidRequest) -> Responses:
+    async def _responses(self, request_id: str, valid: ValidRequest, trace: RequestTrace) -> Responses:
         text = TextStream(
             self._model.tokenizer, valid.token_ids, valid.stop_strings, valid.sampling.tokens_min
         )
@@ -139,6 +161,7 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             if delta.token_ids or delta.text:
                 yield wire.delta(delta.text, delta.token_ids, delta.logprobs)
             if finish is not None:
+                trace.finished(finish, sent_count)
                 usage = wire.Usage(len(valid.token_ids), finish.cached_tokens_count, sent_count)
                 yield _finished(finish, delta.matched, last_id, usage)
                 return

@@ -176,11 +176,11 @@ class Membership:
             and member.name not in self._roles
             and isinstance(member.report, NodeReport)
         ]
-        chosen = min(nodes, key=lambda node: (node.pool != to_kind, requests_count(node), node.name), default=None)
-        if chosen is None:
+        nodes.sort(key=lambda node: (node.pool != to_kind, requests_count(node), node.name))
+        if not nodes:
             return None
-        self._roles[chosen.name] = to_kind
-        return chosen.name
+        self._roles[nodes[0].name] = to_kind
+        return nodes[0].name
 
     def view(self, now_s: float) -> View:
         """The members not silent for too long, and the placements."""
@@ -283,7 +283,9 @@ class Membership:
 def requests_count(member: Member) -> int:
     """Requests that a node has, running or waiting; 0 where it has not said."""
     report = member.report
-    return report.requests_running_count + report.requests_waiting_count if isinstance(report, NodeReport) else 0
+    if not isinstance(report, NodeReport):
+        return 0
+    return report.requests_running_count + report.requests_waiting_count
 
 
 def epoch_of(member: Member) -> int:

@@ -1,4 +1,4 @@
-"""One node's post in an actor's process: from its first heartbeat, through all that it serves, to its last."""
+"""One node's post in an actor's process, from its first heartbeat to its last."""
 
 import asyncio
 import gc
@@ -9,6 +9,7 @@ from typing import Any
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
+from cluster.tracing import start_tracing, stop_tracing
 from decode.config import DecodeConfig
 from decode.node import DecodeNode
 from experts.client import RemoteExperts
@@ -42,6 +43,8 @@ class Post:
         self.experts = RemoteExperts(dispatch)
         self._heartbeat = Heartbeat(coordinator, self.describe, self._follow)
         self._heartbeat.start()
+        endpoint = place.config.operations.traces_endpoint
+        self._tracing = start_tracing(endpoint, kind, self.name, self.experts.spans)
 
     def open(self, transformer: Transformer) -> None:
         """Begin to serve; the weights may be another post's too."""
@@ -49,6 +52,8 @@ class Post:
         node = make(self.name, self._place, transformer.plugged_into(self.experts))
         node.experts_epoch = lambda: self.experts.epoch
         node.dispatch_report = self.experts.report
+        node.trace_dispatches = self.experts.trace
+        node.spans = self.experts.spans
         node.start()
         gc.freeze()
         self.node, self.loaded_share, self.state = node, 1.0, READY
@@ -83,6 +88,7 @@ class Post:
         if self.node is not None:
             await asyncio.to_thread(self.node.close)
         self.experts.close()
+        await stop_tracing(self._tracing)
 
     async def _follow(self, view: View) -> None:
         """Go by a newer placement, and hear which role is wanted here."""

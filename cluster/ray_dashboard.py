@@ -1,9 +1,8 @@
-"""Ray's dashboard server as people and scripts use it: how many actors a pool has, and how many it shall have.
+"""Ray's dashboard server as people and scripts use it: how many actors a pool has and shall have.
 
 Our own autoscaler goes this way too, so that every change shows in the dashboard's Serve tab.
 """
 
-import asyncio
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -85,7 +84,7 @@ class RayDashboard:
                 if response.status >= 300:
                     raise unanswered(f"it answers {response.status}")
                 return await response.json(content_type=None)
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             raise unanswered(type(error).__name__) from error
 
 

@@ -177,9 +177,9 @@ class Router:
         prefill.tokens_sent_count += route.tokens_sent_count
         prefill.remember_prefix(route.hashes)
         asked = route.request
-        prompt = (route.token_ids, len(asked.token_ids))
+        prompt = (route.token_ids, len(asked.token_ids), asked.sampling)
         return SayToNode(
-            decode.name, ReservePages(asked.request_id, route.generation, *prompt, asked.sampling)
+            decode.name, ReservePages(asked.request_id, route.generation, *prompt, asked.traceparent)
         )
 
     def _leave_prefill(self, route: Route) -> None:
@@ -249,6 +249,7 @@ class Router:
                 request.sampling,
                 reservation.address,
                 request.priority,
+                request.traceparent,
             ),
         )
 

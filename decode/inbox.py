@@ -51,9 +51,17 @@ class Inbox:
             if asked.request_id in self._waiting or wanted > available:
                 return ReservationRefused(asked.request_id, asked.generation, wanted, available)
             pages = self._cache.pool.lease(wanted)
-            end_s = self._clock() + self._lease_s
+            now_s = self._clock()
             counts = [0] * self._cache.layers_count
-            request = DecodeRequest(asked, gateway, pages, end_s, counts, list(asked.token_ids))
+            request = DecodeRequest(
+                asked,
+                gateway,
+                pages,
+                now_s + self._lease_s,
+                counts,
+                list(asked.token_ids),
+                reserved_s=now_s,
+            )
             self._waiting[asked.request_id] = request
         return PageReservation(asked.request_id, asked.generation, self._address)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from experts.messages import DispatchReport
 from kernels.transport.schema import Schema
+from kernels.transport.spans import UNTRACED
 
 STOP, LENGTH = "stop", "length"
 
@@ -80,6 +81,7 @@ class ReservePages:
     token_ids: tuple[int, ...]
     prompt_tokens_count: int
     sampling: SamplingParameters
+    traceparent: str = UNTRACED
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from kernels.transport.channel import Channel
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
 from kernels.transport.frame import Frame, Header
+from kernels.transport.spans import UNTRACED, SpanLog
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class DecodeNode:
         self.receiving_s = 0.0
         self.experts_epoch: Callable[[], int] = lambda: 0
         self.dispatch_report: Callable[[], DispatchReport] = DispatchReport
+        self.trace_dispatches: Callable[[str], None] = lambda place: None
+        self.spans = SpanLog()
         self._model = model
         self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
@@ -99,6 +102,7 @@ class DecodeNode:
         if not batch:
             return 0
         begin_s = time.perf_counter()
+        self.trace_dispatches(place_of_first_step(batch))
         try:
             logits = self.decode_step.run(batch)
             rows = [request.sample_row(self._model.eos_token_ids) for request in batch]
@@ -253,7 +257,8 @@ class DecodeNode:
             self.batcher.admit(complete)
             batch = self.batcher.next_batch()
         for request in complete:
-            request.begin(self._model.vocab_size)
+            request.begin(self._model.vocab_size, self._clock())
+            self.spans.record("latents", request.asked.traceparent, request.reserved_s, request.begun_s)
         return batch
 
     def _drop_cancelled(self) -> None:
@@ -297,11 +302,23 @@ class DecodeNode:
         logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
         return TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
 
+    def _note(self, request: DecodeRequest) -> None:
+        """Put a request's decoding into its trace."""
+        asked = request.asked
+        numbers = {
+            "trivium.generation": asked.generation,
+            "trivium.tokens_count": len(request.token_ids) - len(asked.token_ids),
+        }
+        self.spans.record(
+            "decode", asked.traceparent, request.begun_s, self._clock(), request.place, **numbers
+        )
+
     def _release(self, requests: Iterable[DecodeRequest]) -> None:
         requests = list(requests)
         self.batcher.remove(requests)
         for request in requests:
             self.inbox.release(request)
+            self._note(request)
 
     def _fail(self, requests: Sequence[DecodeRequest], reason: str, message: str, retryable: bool) -> None:
         self._release(requests)
@@ -323,3 +340,8 @@ class DecodeNode:
             UP.send(gateway, message)
         except ChannelError:
             logger.info("%s: gateway %s has gone", self.config.name, gateway.peer)
+
+
+def place_of_first_step(batch: Sequence[DecodeRequest]) -> str:
+    """Place in a trace of a request whose first step this is; further ones look like it."""
+    return next((request.place for request in batch if request.place and request.is_at_first_step), UNTRACED)

@@ -8,6 +8,7 @@ from decode.messages import ReservePages
 from kernels.model.pages import PAGE_TOKENS
 from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
+from kernels.transport.spans import UNTRACED, place_under
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +31,10 @@ class DecodeRequest:
     prompt_token_ids: torch.Tensor | None = None
     """The client's prompt, where a penalty asks for it."""
     output_counts: torch.Tensor | None = None
+    reserved_s: float = 0.0
+    begun_s: float = 0.0
+    place: str = UNTRACED
+    """That of its decoding in its trace."""
 
     @property
     def is_complete(self) -> bool:
@@ -47,8 +52,14 @@ class DecodeRequest:
         """Position of the newest token, whose latent the next step computes."""
         return len(self.token_ids) - 1
 
-    def begin(self, vocab_size: int) -> None:
+    @property
+    def is_at_first_step(self) -> bool:
+        """Whether the next step here is its first."""
+        return len(self.token_ids) == len(self.asked.token_ids) + 1
+
+    def begin(self, vocab_size: int, now_s: float) -> None:
         """Prepare for the first step: the table of pages, and what penalties are reckoned from."""
+        self.begun_s, self.place = now_s, place_under(self.asked.traceparent)
         prompt_count, sampling = self.asked.prompt_tokens_count, self.asked.sampling
         self.page_table = torch.tensor(self.pages, dtype=torch.int32)
         if sampling.repetition_penalty != 1.0:

@@ -33,6 +33,7 @@ from kernels.ops.mix import mix
 from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelError, ChannelTimeout, FrameMalformed
 from kernels.transport.frame import Frame, Header
+from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
 
@@ -66,6 +67,9 @@ class Call:
     expert_weights: torch.Tensor
     begin_s: float
     end_s: float
+    traced: str = UNTRACED
+    """Place that it is done under, in the trace of a request; `place` is its own."""
+    place: str = UNTRACED
     order: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     parts: list[Part] = field(default_factory=list)
@@ -95,6 +99,8 @@ class RemoteExperts:
         self._took_s = 0.0
         self._waited_s = 0.0
         self._given_up_count = 0
+        self.spans = SpanLog()
+        self._traced = UNTRACED
 
     def adopt(self, placement: Placement) -> None:
         """Go by a newer placement from the next dispatch on."""
@@ -102,6 +108,10 @@ class RemoteExperts:
             if self._route is None or placement.epoch > self._route.epoch:
                 self._route = Route(placement, self.config.host)
                 self._placed.notify_all()
+
+    def trace(self, traceparent: str) -> None:
+        """Say under which place in a trace the dispatches from now on are; none where it is empty."""
+        self._traced = traceparent
 
     @property
     def epoch(self) -> int:
@@ -114,7 +124,8 @@ class RemoteExperts:
         """Send each shard its tokens of `hidden [tokens, hidden]`; does not wait for the answers."""
         now_s = time.monotonic()
         end_s = now_s + self.config.timeout_s
-        call = Call(self, layer, hidden, expert_ids, expert_weights, now_s, end_s)
+        trace = (self._traced, place_under(self._traced))
+        call = Call(self, layer, hidden, expert_ids, expert_weights, now_s, end_s, *trace)
         try:
             self._send(call)
         except ChannelError:
@@ -133,6 +144,8 @@ class RemoteExperts:
         self._waited_s += now_s - begin_s
         self._took_s += now_s - call.begin_s
         self._counts[bisect_left(DISPATCH_BOUNDS_S, now_s - call.begin_s)] += 1
+        numbers = {"trivium.layer": call.layer, "trivium.tokens_count": len(call.hidden)}
+        self.spans.record("dispatch", call.traced, call.begin_s, now_s, call.place, **numbers)
 
     def report(self) -> DispatchReport:
         """Numbers about the dispatches until now; safe from any thread."""
@@ -203,7 +216,8 @@ class RemoteExperts:
         self._parts[part_id] = part
         share = part.share
         hidden = only_needed(call.hidden, share.tokens)
-        header = DispatchHeader(part_id, route.epoch, call.layer, len(hidden), share.experts, share.counts)
+        slots = (share.experts, share.counts)
+        header = DispatchHeader(part_id, route.epoch, call.layer, len(hidden), *slots, call.place)
         try:
             part.channel.send(DISPATCH, header.body(), [as_bytes(hidden), memoryview(share.rows).cast("B")])
         except ChannelError:

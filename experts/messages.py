@@ -1,6 +1,7 @@
 """What nodes and shards say to each other, and the table that both go by.
 
-dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert]  parts: hidden, token of each slot
+dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert, traceparent]
+                                                                             parts: hidden, token of each slot
 combine   [call id]                                                          parts: outputs, slot after slot
 refused   [call id, reason]
 fetch     [call id, layer, expert]
@@ -9,6 +10,8 @@ weights   [call id, CRC-32 of all bytes]                                     par
 
 from dataclasses import dataclass
 from typing import Any
+
+from kernels.transport.spans import UNTRACED, is_traceparent
 
 DISPATCH, COMBINE, REFUSED = "dispatch", "combine", "refused"
 FETCH, WEIGHTS = "fetch", "weights"
@@ -68,6 +71,8 @@ class DispatchHeader:
     tokens_count: int
     expert_ids: tuple[int, ...]
     slot_counts: tuple[int, ...]
+    traceparent: str = UNTRACED
+    """Place of the dispatch in the trace of one of its requests."""
 
     @property
     def slots_count(self) -> int:
@@ -76,18 +81,21 @@ class DispatchHeader:
 
     def body(self) -> list[Any]:
         """The header as it travels."""
-        return [self.call_id, self.epoch, self.layer, self.tokens_count, self.expert_ids, self.slot_counts]
+        numbers = (self.call_id, self.epoch, self.layer, self.tokens_count)
+        return [*numbers, self.expert_ids, self.slot_counts, self.traceparent]
 
     @staticmethod
     def from_body(body: Any) -> "DispatchHeader":
         """Read a header that has travelled; raises ValueError for one that is not of this form."""
         match body:
-            case [call_id, epoch, layer, tokens_count, [_, *_] as experts, list() as counts]:
+            case [call_id, epoch, layer, tokens_count, [_, *_] as experts, list() as counts, str() as traced]:
                 at_least_0, at_least_1 = (call_id, epoch, layer, *experts), (tokens_count, *counts)
                 whole = all(type(number) is int for number in at_least_0 + at_least_1)
                 paired = len(experts) == len(counts) and len(set(experts)) == len(experts)
-                if whole and paired and min(at_least_0) >= 0 and min(at_least_1) >= 1:
-                    return DispatchHeader(call_id, epoch, layer, tokens_count, tuple(experts), tuple(counts))
+                known = traced == UNTRACED or is_traceparent(traced)
+                if whole and paired and known and min(at_least_0) >= 0 and min(at_least_1) >= 1:
+                    slots = (tuple(experts), tuple(counts))
+                    return DispatchHeader(call_id, epoch, layer, tokens_count, *slots, traced)
         raise ValueError("the header of a dispatch is malformed")
 
 

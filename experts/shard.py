@@ -32,6 +32,7 @@ from kernels.ops.expert_mlp import GatedWeights, expert_mlp
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError, FrameMalformed
 from kernels.transport.frame import Frame
+from kernels.transport.spans import SpanLog
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes, from_bytes
 
@@ -68,6 +69,7 @@ class ExpertShard:
         self._refused_count = 0
         self._fetched_count = 0
         self._busy_s = 0.0
+        self.spans = SpanLog()
         self._endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame)
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -243,7 +245,7 @@ class ExpertShard:
 
     def _serve(self, layer: int, dispatches: list[Dispatch]) -> None:
         self._dispatches_count += len(dispatches)
-        begin_s = time.perf_counter()
+        begin_s = time.monotonic()
         try:
             outputs = self._compute(layer, dispatches)
         except Exception:
@@ -251,9 +253,15 @@ class ExpertShard:
             for dispatch in dispatches:
                 self._refuse(dispatch.channel, dispatch.header, "the shard failed to compute it")
             return
-        self._busy_s += time.perf_counter() - begin_s
+        end_s = time.monotonic()
+        self._busy_s += end_s - begin_s
         for dispatch, output in zip(dispatches, outputs, strict=True):
             self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [as_bytes(output)])
+            self._note(dispatch.header, begin_s, end_s)
+
+    def _note(self, header: DispatchHeader, begin_s: float, end_s: float) -> None:
+        numbers = {"trivium.layer": header.layer, "trivium.slots_count": header.slots_count}
+        self.spans.record("experts", header.traceparent, begin_s, end_s, **numbers)
 
     def _compute(self, layer: int, dispatches: list[Dispatch]) -> list[torch.Tensor]:
         if len(dispatches) > 1:

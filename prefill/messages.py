@@ -1,9 +1,9 @@
 """What others say to a prefill node, and what it says back.
 
-    gateway → node    PrefillPrompt, CancelRequest, AskReport
-    decode → node     LatentsReceived
-    node → gateway    FirstTokenChunk, HandedOver, RequestFailed, NodeReport
-    node → decode     Latents, FirstToken (words of decode, which receives them)
+gateway → node    PrefillPrompt, CancelRequest, AskReport
+decode → node     LatentsReceived
+node → gateway    FirstTokenChunk, HandedOver, RequestFailed, NodeReport
+node → decode     Latents, FirstToken (words of decode, which receives them)
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from decode.messages import (
     TokenChunk,
 )
 from kernels.transport.schema import Schema
+from kernels.transport.spans import UNTRACED
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PrefillPrompt:
     sampling: SamplingParameters
     decode_address: str
     priority: int = 0
+    traceparent: str = UNTRACED
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from kernels.transport.channel import Channel
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
 from kernels.transport.frame import Frame
+from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from prefill.batcher import PrefillBatcher
 from prefill.config import PrefillConfig
 from prefill.messages import DOWN, UP, FirstTokenChunk, HandedOver, PrefillPrompt
@@ -63,6 +64,8 @@ class PrefillNode:
         self.busy_s = 0.0
         self.experts_epoch: Callable[[], int] = lambda: 0
         self.dispatch_report: Callable[[], DispatchReport] = DispatchReport
+        self.trace_dispatches: Callable[[str], None] = lambda place: None
+        self.spans = SpanLog()
         self._model = model
         self.prefill_step = PrefillStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
@@ -98,6 +101,8 @@ class PrefillNode:
         if not chunks:
             return 0
         begin_s = time.perf_counter()
+        places = (chunk.request.place for chunk in chunks)
+        self.trace_dispatches(next(filter(None, places), UNTRACED))
         try:
             logits = self.prefill_step.run(chunks, self._send_latents)
         except ExpertsError as error:
@@ -190,8 +195,10 @@ class PrefillNode:
         with self._lock:
             request = self._in_transfer.pop((received.request_id, received.generation), None)
         if request is not None:
-            transfer_s = max(self._clock() - request.computed_s, 0.0)
+            now_s = self._clock()
+            transfer_s = max(now_s - request.computed_s, 0.0)
             self.transfer_s += transfer_s
+            self.spans.record("transfer", request.asked.traceparent, request.computed_s, now_s)
             self._tell(request, HandedOver(received.request_id, received.generation, transfer_s))
 
     def _on_closed(self, channel: Channel) -> None:
@@ -251,6 +258,7 @@ class PrefillNode:
             except PagesExhausted:
                 return  # pages come back when a prompt ends
             request.begun_s = self._clock()
+            request.place = place_under(request.asked.traceparent)
             with self._lock:  # so that no report misses a request between waiting and running
                 self.batcher.begin(request)
             if request.cached_tokens_count:
@@ -301,9 +309,21 @@ class PrefillNode:
             with self._lock:
                 self._in_transfer[request.key] = request
             self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
+        self._note(request)
         queued_s = request.begun_s - request.arrived_s
         prefill_s = request.computed_s - request.begun_s
         self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
+
+    def _note(self, request: PrefillRequest) -> None:
+        """Put a prompt's times into its trace."""
+        under, generation = request.asked.traceparent, request.asked.generation
+        numbers = {
+            "trivium.generation": generation,
+            "trivium.prompt_tokens_count": len(request.asked.token_ids),
+            "trivium.cached_tokens_count": request.cached_tokens_count,
+        }
+        self.spans.record("prefill queue", under, request.arrived_s, request.begun_s)
+        self.spans.record("prefill", under, request.begun_s, request.computed_s, request.place, **numbers)
 
     def _drop(self, request: PrefillRequest) -> None:
         request.is_dropped = True

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from kernels.transport.channel import Channel
+from kernels.transport.spans import UNTRACED
 from prefill.messages import PrefillPrompt
 
 
@@ -22,6 +23,8 @@ class PrefillRequest:
     """The batcher's step in which it last had a share, or began."""
     page_hashes: list[bytes] | None = None
     """Names of its full pages, once they were asked for."""
+    place: str = UNTRACED
+    """That of its prefill in its trace."""
     is_dropped: bool = False
     """Whether it was cancelled or has failed, so that nothing more of it is sent or told."""
 

@@ -28,6 +28,7 @@ DOORS = {
     "numba": ("kernels/ops/compiled.py",),
     "cupy": ("kernels/transport/nccl.py",),
     "safetensors": ("kernels/model/checkpoint.py",),
+    "opentelemetry": ("cluster/tracing.py",),
     "socket": ("kernels/transport/*",),
     "transformers": NOWHERE,
     "pickle": NOWHERE,

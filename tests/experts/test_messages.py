@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from experts.messages import DispatchHeader
 
-GOOD = [5, 1, 1, 3, [2, 7], [1, 3]]  # call id, epoch, layer, tokens, experts, slots of each
+PLACE = f"00-{1:032x}-{2:016x}-01"
+GOOD = [5, 1, 1, 3, [2, 7], [1, 3], ""]  # call id, epoch, layer, tokens, experts, slots of each, trace
 
 
 def changed(place: int, value: object) -> list:
@@ -20,6 +21,8 @@ MALFORMED = {
     "a number": 5,
     "a dict": {"layer": 1},
     "a field too few": GOOD[:-1],
+    "a place in a trace that is none": changed(6, PLACE[:-1]),
+    "a place in a trace that is a number": changed(6, 7),
     "a field too many": [*GOOD, 0],
     "an expert twice": changed(4, [2, 2]),
     "a negative expert": changed(4, [2, -1]),
@@ -52,9 +55,10 @@ def travelled(body: object) -> object:
 @given(
     numbers=st.tuples(*[st.integers(0, 2**40)] * 3, st.integers(1, 2**31)),
     experts=st.dictionaries(st.integers(0, 4096), st.integers(1, 2**31), min_size=1, max_size=20),
+    place=st.sampled_from(("", PLACE)),
 )
-def test_a_header_comes_back_as_it_left(numbers, experts):
-    header = DispatchHeader(*numbers, tuple(experts), tuple(experts.values()))
+def test_a_header_comes_back_as_it_left(numbers, experts, place):
+    header = DispatchHeader(*numbers, tuple(experts), tuple(experts.values()), place)
     assert DispatchHeader.from_body(travelled(header.body())) == header
     assert header.slots_count == sum(experts.values())
 
