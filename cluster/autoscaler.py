@@ -1,0 +1,377 @@
+"""How many nodes each pool has, from what hurts: a state machine, time is an argument.
+
+Quick to grow: at once, by as many as the pressure asks, at most doubled at a time. Slow to shrink: one at a
+time, once one less would have been enough without a break. A node that the other pool can spare changes its
+role where that is faster than starting one, and goes home before anybody is ended for it. A count that a
+person has set holds until it is released. Gateways are set by people only.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from cluster.config import ClusterConfig
+from cluster.errors import InvalidRequest
+from cluster.pressure import pressures
+from cluster.scaled_pool import ScaledPool
+from cluster.scaling import (
+    GATEWAY,
+    PARTNERS,
+    AutoscalerConfig,
+    ChangeRole,
+    Decision,
+    Hold,
+    PoolLimits,
+    PoolReading,
+    PoolsReport,
+    PoolState,
+    Pressure,
+    ScalePool,
+)
+
+GROWTH_MAX = 2  # times as many at once, at most
+GREATER = 1.25  # times the pressure that asked for nodes which are still starting, before more are asked for
+ROOM = 0.7  # of each limit, that may be in use with one node less, for a pool to be too large
+OBEYED_S = 30.0  # in which Serve shows what it was asked for; else the call was lost
+STUCK_S = 600.0  # after which nodes that do not start are no reason to wait with shrinking
+REGRET_PAUSES = 10  # after shrinking, in which to grow again says that it was wrong
+REGRET_MAX = 8  # times the pause before shrinking, at most
+DECISIONS_MAX = 100
+COUNT_MAX = 1024
+DASHBOARD = "the dashboard's API"
+Command = ScalePool | ChangeRole
+
+
+class Autoscaler:
+    """All pools of a cluster; what it forgets in a restart of the coordinator are holds and reasons alone."""
+
+    def __init__(self, config: AutoscalerConfig):
+        self.config = config
+        self._pools = {limits.kind: ScaledPool(limits) for limits in config.pools}
+        self._decisions: deque[Decision] = deque(maxlen=DECISIONS_MAX)
+        self._start_s = 10.0
+        self._role_change_s = 1.0  # weights are there already, so less than a start until it is measured
+
+    def timed(self, start_s: float | None = None, role_change_s: float | None = None) -> None:
+        """Take how long the last start of a node took, or its last change of role."""
+        self._start_s = start_s if start_s is not None else self._start_s
+        self._role_change_s = role_change_s if role_change_s is not None else self._role_change_s
+
+    def decide(self, readings: Iterable[PoolReading], now_s: float) -> list[Command]:
+        """What to change now; a pool without a fresh reading, or with a hold, keeps its count."""
+        for reading in readings:
+            if reading.kind in self._pools:
+                self._read(self._pools[reading.kind], reading, now_s)
+        if not self.config.is_enabled:
+            return []
+        pools = [pool for pool in self._pools.values() if pool.kind != GATEWAY]
+        for pool in pools:
+            self._look(pool, now_s)
+        commands: list[Command] = []
+        for turn in (self._go_home, self._keep_bounds, self._grow, self._shrink):
+            for pool in pools:
+                if self._may_act(pool, now_s):
+                    commands.extend(turn(pool, now_s))
+        return commands
+
+    # what people say
+
+    def hold(self, kind: str, count: int | None, by: str, now_s: float) -> int:
+        """Keep a pool at a count, or at what it has now, until released; raises InvalidRequest.
+
+        Returns the count, which the caller then has Serve aim at: a person's will waits for no look.
+        """
+        pool = self._pool(kind)
+        count = pool.aim_count if count is None else count
+        if not 1 <= count <= COUNT_MAX:
+            raise InvalidRequest(
+                "COUNT_OUT_OF_BOUNDS",
+                f"{count} actors cannot be set",
+                field="count",
+                limit=f"1 to {COUNT_MAX}",
+                remedy="Ask for a count within the limit.",
+            )
+        pool.hold = Hold(kind, count, by, now_s)
+        self._record(pool, pool.aim_count, count, f"set by {by}; it holds until released", now_s)
+        if count != pool.target_count:
+            pool.asked_count, pool.asked_s = count, now_s
+        return count
+
+    def release(self, kind: str, now_s: float) -> None:
+        """Let the load decide about a pool again; one that is not held stays as it is. Or InvalidRequest."""
+        pool = self._pool(kind)
+        if pool.hold is not None:
+            self._record(pool, pool.aim_count, pool.aim_count, f"the hold by {pool.hold.by} ended", now_s)
+            pool.hold = pool.roomy_since_s = None
+
+    def target_seen(self, kind: str, count: int, now_s: float) -> None:
+        """Take what Serve aims at; what nobody here asked for was set by a person, and holds.
+
+        The first count that is seen after a start holds in no case, even where it is not the configured one:
+        most likely it is what this autoscaler asked for in an earlier life, and a hold that nobody set would
+        leave the pool at the load of that moment for good. A person who wants it to hold can say so again.
+        """
+        pool = self._pool(kind)
+        before = pool.target_count
+        if before is None:
+            pool.target_count = count
+            if count != pool.limits.count:
+                reason = f"found at {count} by a coordinator that has just begun; it is taken as it is"
+                self._record(pool, pool.limits.count, count, reason, now_s)
+        elif count == pool.asked_count:
+            pool.target_count, pool.asked_count = count, None
+        elif count != before:
+            pool.target_count, pool.asked_count = count, None
+            pool.hold = Hold(kind, count, DASHBOARD, now_s)
+            self._record(pool, before, count, f"set by {DASHBOARD}; it holds until released", now_s)
+        elif pool.asked_count is not None and now_s - pool.asked_s > OBEYED_S:
+            self._record(pool, pool.asked_count, count, f"Serve did not do it within {OBEYED_S:.0f} s", now_s)
+            pool.asked_count = None
+            pool.hold = replace(pool.hold, count=count) if pool.hold is not None else None
+
+    def report(self, now_s: float) -> PoolsReport:
+        """All pools and the decisions of late, newest first."""
+        states = tuple(self._state(pool) for pool in self._pools.values())
+        return PoolsReport(now_s, self.config.is_enabled, states, tuple(reversed(self._decisions)))
+
+    # what is measured
+
+    def _read(self, pool: ScaledPool, reading: PoolReading, now_s: float) -> None:
+        pool.reading, pool.seen_s = reading, now_s
+        pool.pressures = pressures(reading, self.config)
+        if pool.is_heard(now_s):
+            self.target_seen(pool.kind, reading.target_count, now_s)
+
+    def _look(self, pool: ScaledPool, now_s: float) -> None:
+        """Note since when a pool is changing, and since when it is too large."""
+        self._notice_loans(pool, now_s)
+        is_changing = pool.is_heard(now_s) and self._is_changing(pool)
+        pool.changing_since_s = _since(pool.changing_since_s, now_s) if is_changing else None
+        if not is_changing and not pool.is_awaited:
+            pool.level_asked = 1.0
+        is_roomy = self._is_roomy(pool, now_s)
+        pool.roomy_since_s = _since(pool.roomy_since_s, now_s) if is_roomy else None
+        if now_s - max(pool.shrunk_s, pool.grown_s) > REGRET_PAUSES * self._shrink_pause_s(pool):
+            pool.regret = 1
+        pool.outlook = self._outlook(pool, now_s)
+
+    def _notice_loans(self, pool: ScaledPool, now_s: float) -> None:
+        is_done = pool.loans_asked != (self._lent_count(pool), self._borrowed_count(pool))
+        if is_done or now_s - pool.asked_s > OBEYED_S:
+            pool.loans_asked = None
+
+    def _is_changing(self, pool: ScaledPool) -> bool:
+        reading = pool.reading
+        is_moving = reading.starting_count > 0 or reading.draining_count > 0
+        return is_moving or reading.ready_count != self._nodes_count(pool)
+
+    def _is_roomy(self, pool: ScaledPool, now_s: float) -> bool:
+        """Whether one node less would be enough, as far as everything is known and nothing is under way."""
+        if not pool.is_heard(now_s) or pool.is_awaited or not pool.pressures or not pool.reading.is_complete:
+            return False
+        is_stuck = pool.changing_since_s is not None and now_s - pool.changing_since_s > STUCK_S
+        if pool.changing_since_s is not None and not is_stuck:
+            return False
+        left_count = self._nodes_count(pool) - 1
+        if left_count < max(pool.limits.count_min, 1):
+            return False
+        ready_count = pool.reading.ready_count
+        return all(one.level_with(left_count, ready_count) < ROOM for one in pool.pressures)
+
+    def _may_act(self, pool: ScaledPool, now_s: float) -> bool:
+        is_seen = pool.seen_s == now_s and pool.is_heard(now_s)
+        return is_seen and pool.aim_count > 0 and not pool.is_awaited
+
+    # what is done about it
+
+    def _go_home(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
+        """Where a person has set one of two pools, each gets back what the other has of it."""
+        partner = self._partner(pool)
+        if partner is None or not self._borrowed_count(pool) or not (pool.hold or partner.hold):
+            return
+        if self._may_act(partner, now_s):
+            yield self._change_role(pool, partner, "a person has set how many there are", now_s)
+
+    def _keep_bounds(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
+        if pool.hold is not None:
+            return
+        limits = pool.limits
+        if pool.aim_count > limits.count_max:
+            yield self._scale(pool, limits.count_max, f"{limits.count_max} are the most allowed", now_s)
+        elif pool.aim_count < limits.count_min:
+            yield self._scale(pool, limits.count_min, f"{limits.count_min} are the fewest allowed", now_s)
+
+    def _grow(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
+        cause = max(pool.pressures, key=lambda one: self._wanted_count(pool, one), default=None)
+        nodes_count = self._nodes_count(pool)
+        if pool.hold is not None or cause is None or self._wanted_count(pool, cause) <= nodes_count:
+            return
+        is_starting = pool.reading.ready_count < nodes_count
+        if now_s - pool.grown_s < self.config.grow_pause_s or (
+            is_starting and cause.level <= GREATER * pool.level_asked
+        ):
+            return
+        wanted_count = min(self._wanted_count(pool, cause), GROWTH_MAX * nodes_count, pool.limits.count_max)
+        missing_count = wanted_count - nodes_count
+        reason = f"{cause.words}, above {cause.limit_words}"
+        aim_count = pool.aim_count
+        lender = self._lender(pool, now_s) if missing_count > 0 else None
+        if lender is not None:
+            yield self._change_role(lender, pool, reason, now_s)
+            missing_count -= 1
+        count = min(aim_count + missing_count, pool.limits.count_max)
+        if count > aim_count:
+            yield self._scale(pool, count, reason, now_s)
+        if lender is not None or count > aim_count:
+            if now_s - pool.shrunk_s < REGRET_PAUSES * self.config.shrink_pause_s:
+                pool.regret = min(2 * pool.regret, REGRET_MAX)
+            pool.grown_s, pool.level_asked = now_s, cause.level
+
+    def _shrink(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
+        """One less; a borrowed node goes home first, and who has lent one has shrunk by that already."""
+        pause_s = self._shrink_pause_s(pool)
+        if pool.hold is not None or pool.roomy_since_s is None or now_s - pool.roomy_since_s < pause_s:
+            return
+        partner = self._partner(pool)
+        fullest = max(pool.pressures, key=lambda one: one.level)
+        reason = f"for {pause_s:.0f} s one less was enough: {fullest.words}"
+        if self._borrowed_count(pool):
+            if self._may_act(partner, now_s):
+                yield self._change_role(pool, partner, reason, now_s)
+        elif not self._lent_count(pool) and pool.aim_count > pool.limits.count_min:
+            pool.shrunk_s = now_s
+            yield self._scale(pool, pool.aim_count - 1, reason, now_s)
+
+    def _wanted_count(self, pool: ScaledPool, cause: Pressure) -> int:
+        """Nodes that a cause asks for: in proportion where it is shared by all, else one more."""
+        ready_count = pool.reading.ready_count
+        if cause.level <= 1:
+            return 0
+        return math.ceil(ready_count * cause.level - 1e-9) if cause.is_shared else ready_count + 1
+
+    def _lender(self, pool: ScaledPool, now_s: float) -> ScaledPool | None:
+        """The other pool, where it has had a node to spare for a while which comes sooner than a new one."""
+        partner = self._partner(pool)
+        if partner is None or partner.hold is not None or not self._may_act(partner, now_s):
+            return None
+        roomy_since_s = math.inf if partner.roomy_since_s is None else partner.roomy_since_s
+        is_spare = now_s - roomy_since_s >= self.config.grow_pause_s
+        comes_home = self._lent_count(pool) > 0
+        return partner if is_spare and (comes_home or self._role_change_s < self._start_s) else None
+
+    def _change_role(self, lender: ScaledPool, to: ScaledPool, reason: str, now_s: float) -> ChangeRole:
+        """Both pools wait until the loan shows."""
+        for pool, step in ((lender, -1), (to, 1)):
+            nodes_count = self._nodes_count(pool)
+            words = f"a {lender.kind} node becomes a {to.kind} node: {to.kind}: {reason}"
+            if step < 0 and self._borrowed_count(lender):
+                words = f"a {to.kind} node that was lent goes home: {reason}"
+            self._record(pool, nodes_count, nodes_count + step, words, now_s)
+        for pool in (lender, to):
+            pool.loans_asked = (self._lent_count(pool), self._borrowed_count(pool))
+            pool.asked_s, pool.roomy_since_s = now_s, None
+        return ChangeRole(lender.kind, to.kind, reason)
+
+    def _scale(self, pool: ScaledPool, count: int, reason: str, now_s: float) -> ScalePool:
+        self._record(pool, pool.aim_count, count, reason, now_s)
+        pool.asked_count, pool.asked_s, pool.roomy_since_s = count, now_s, None
+        return ScalePool(pool.kind, count, reason)
+
+    def _record(self, pool: ScaledPool, from_count: int, to_count: int, reason: str, now_s: float) -> None:
+        pool.reason = reason
+        pool.grown_count += to_count > from_count
+        pool.shrunk_count += to_count < from_count
+        self._decisions.append(Decision(now_s, pool.kind, from_count, to_count, reason))
+
+    # what follows from what is kept
+
+    def _pool(self, kind: str) -> ScaledPool:
+        if kind not in self._pools:
+            raise InvalidRequest(
+                "UNKNOWN_POOL",
+                f"there is no pool {kind[:80]!r}",
+                field="kind",
+                limit=f"one of {', '.join(self._pools)}",
+                remedy="Name one of these.",
+            )
+        return self._pools[kind]
+
+    def _partner(self, pool: ScaledPool) -> ScaledPool | None:
+        return self._pools.get(PARTNERS.get(pool.kind, ""))
+
+    def _lent_count(self, pool: ScaledPool) -> int:
+        return pool.reading.lent_count if pool.reading is not None else 0
+
+    def _borrowed_count(self, pool: ScaledPool) -> int:
+        partner = self._partner(pool)
+        return self._lent_count(partner) if partner is not None else 0
+
+    def _nodes_count(self, pool: ScaledPool) -> int:
+        """Nodes that serve as this kind once all that was asked for has come to be."""
+        return pool.aim_count - self._lent_count(pool) + self._borrowed_count(pool)
+
+    def _shrink_pause_s(self, pool: ScaledPool) -> float:
+        """Longer after a shrinking that had to be undone, so that no load makes a pool swing for ever."""
+        return pool.regret * self.config.shrink_pause_s
+
+    def _outlook(self, pool: ScaledPool, now_s: float) -> str:
+        if not pool.is_heard(now_s):
+            return "nothing was heard of it of late, so its count stays"
+        if pool.hold is not None:
+            return f"held at {pool.hold.count} by {pool.hold.by}"
+        if pool.is_awaited:
+            return "waits for Serve to show what was asked for"
+        if pool.changing_since_s is not None:
+            return "nodes are starting or draining"
+        if not pool.pressures or not pool.reading.is_complete:
+            return "too little is known of its load"
+        if max(one.level for one in pool.pressures) > 1:
+            return "at its most" if self._nodes_count(pool) >= pool.limits.count_max else "under pressure"
+        if pool.roomy_since_s is not None:
+            pause_s = self._shrink_pause_s(pool)
+            return f"one less was enough for {now_s - pool.roomy_since_s:.0f} s of {pause_s:.0f} s"
+        return "as many as the load asks for"
+
+    def _state(self, pool: ScaledPool) -> PoolState:
+        reading = pool.reading
+        return PoolState(
+            pool.kind,
+            pool.aim_count,
+            reading.ready_count if reading else 0,
+            reading.starting_count if reading else 0,
+            reading.draining_count if reading else 0,
+            self._lent_count(pool),
+            self._borrowed_count(pool),
+            pool.limits.count_min,
+            pool.limits.count_max,
+            pool.hold,
+            pool.pressures,
+            pool.reason,
+            pool.outlook if self.config.is_enabled else "the autoscaler is off: people set counts",
+            pool.grown_count,
+            pool.shrunk_count,
+        )
+
+
+def _since(before_s: float | None, now_s: float) -> float:
+    return now_s if before_s is None else before_s
+
+
+def autoscaler_config(config: ClusterConfig) -> AutoscalerConfig:
+    """The autoscaler's part of a cluster's configuration."""
+    section, gateways, experts = config.autoscaler, config.gateway.count, config.experts
+    pools = (
+        PoolLimits(GATEWAY, gateways, 1, COUNT_MAX),
+        PoolLimits("prefill", config.prefill.count, config.prefill.count_min, config.prefill.count_max),
+        PoolLimits("decode", config.decode.count, config.decode.count_min, config.decode.count_max),
+        PoolLimits("experts", experts.shards_count, experts.shards_min, experts.shards_max),
+    )
+    return AutoscalerConfig(
+        pools,
+        section.enabled,
+        section.time_to_first_token_s,
+        section.inter_token_s,
+        section.grow_pause_s,
+        section.shrink_pause_s,
+    )

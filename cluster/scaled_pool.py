@@ -1,0 +1,56 @@
+"""What the autoscaler keeps of one pool between two looks at it."""
+
+import math
+from dataclasses import dataclass
+
+from cluster.scaling import Hold, PoolLimits, PoolReading, Pressure
+
+STALE_S = 5.0
+
+
+@dataclass(slots=True)
+class ScaledPool:
+    """What the autoscaler keeps of one pool."""
+
+    limits: PoolLimits
+    reading: PoolReading | None = None
+    seen_s: float = -math.inf
+    """When the reading came; nothing is done about one twice."""
+    pressures: tuple[Pressure, ...] = ()
+    target_count: int | None = None
+    """That Serve was last seen to aim at."""
+    asked_count: int | None = None
+    """That Serve was asked for and has not shown yet."""
+    asked_s: float = -math.inf
+    loans_asked: tuple[int, int] | None = None
+    """Nodes lent and borrowed when one was asked to change its role, until that shows."""
+    grown_s: float = -math.inf
+    level_asked: float = 1.0
+    shrunk_s: float = -math.inf
+    roomy_since_s: float | None = None
+    changing_since_s: float | None = None
+    regret: int = 1
+    hold: Hold | None = None
+    reason: str = ""
+    outlook: str = ""
+    grown_count: int = 0
+    shrunk_count: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Whose pool it is."""
+        return self.limits.kind
+
+    @property
+    def aim_count(self) -> int:
+        """Actors that Serve aims at, or will as soon as it has obeyed."""
+        return self.asked_count if self.asked_count is not None else self.target_count or 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something was asked for that does not show yet."""
+        return self.asked_count is not None or self.loans_asked is not None
+
+    def is_heard(self, now_s: float) -> bool:
+        """Whether there is a reading, and a fresh one."""
+        return self.reading is not None and now_s - self.reading.read_s <= STALE_S
