@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.cli_bench import bench_app
 from cluster.cli_experts import experts_app
 from cluster.cli_options import (
     ADDRESS,
@@ -55,6 +56,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration without starting anything.")
 app.add_typer(config_app, name="config")
 app.add_typer(experts_app, name="experts")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command(epilog="Example: trivium serve examples/local.yaml --decode 2")

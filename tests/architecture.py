@@ -27,6 +27,7 @@ DOORS = {
     "triton": ("kernels/ops/*",),
     "numba": ("kernels/ops/compiled.py",),
     "cupy": ("kernels/transport/nccl.py",),
+    "matplotlib": ("cluster/bench/picture.py",),
     "safetensors": ("kernels/model/checkpoint.py",),
     "opentelemetry": ("cluster/tracing.py",),
     "socket": ("kernels/transport/*",),

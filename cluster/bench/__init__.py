@@ -1,0 +1,1 @@
+"""Load for a running cluster, and what came of it: `trivium bench`."""
