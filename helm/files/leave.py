@@ -1,4 +1,4 @@
-"""What Kubernetes runs before it ends a pod: Ray takes the pod's actors elsewhere, or they finish, then it ends.
+"""What Kubernetes runs before it ends a pod: its actors move to other pods, or finish, and then it ends.
 
 `python leave.py FINISH_S REPLACEMENT_S`. Serve ends actors on a draining node once their replacements run, or
 FINISH_S before the deadline where none could be started; a raylet without actors that drains ends by itself.
