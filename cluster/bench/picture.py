@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -124,20 +125,30 @@ def draw_tokens(axes: Axes, reports: Sequence[Report]) -> None:
 
 def draw_ttft(axes: Axes, reports: Sequence[Report]) -> None:
     """Time to first token by when the token came."""
-    draw_band(axes, reports, "ttft", 1.0)
-    draw_slo(axes.axhline, reports[0].goodput.slo_ttft_s, "s")
+    slo = reports[0].goodput.slo_ttft_s
+    draw_band(axes, reports, "ttft", 1.0, slo)
+    draw_slo(axes.axhline, slo, "s")
     finish_over_time(axes, reports, "Time to first token over time", "TTFT (s)")
 
 
 def draw_itl(axes: Axes, reports: Sequence[Report]) -> None:
     """Inter-token latency by when the token came."""
-    draw_band(axes, reports, "itl", 1e3)
-    draw_slo(axes.axhline, reports[0].goodput.slo_itl_s * 1e3, "ms")
+    slo = reports[0].goodput.slo_itl_s * 1e3
+    draw_band(axes, reports, "itl", 1e3, slo)
+    draw_slo(axes.axhline, slo, "ms")
     finish_over_time(axes, reports, "Inter-token latency over time", "ITL (ms)")
 
 
-def draw_band(axes: Axes, reports: Sequence[Report], quantity: str, factor: float) -> None:
+def draw_band(axes: Axes, reports: Sequence[Report], quantity: str, factor: float, slo: float) -> None:
     """p50 as a line, p99 as a dashed one, and what lies between."""
+    values = [
+        value
+        for report in reports
+        for name in ("p50", "p99")
+        for value in positive(report, f"{quantity}_{name}_s", factor)
+    ]
+    axes.set_yscale("log")
+    axes.set_ylim(log_limits([*values, slo]))
     for report, colour in zip(reports, COLOURS, strict=False):
         low, high = (positive(report, f"{quantity}_{name}_s", factor) for name in ("p50", "p99"))
         times = [(index + 0.5) * report.seconds.width_s for index in range(len(low))]
@@ -145,36 +156,42 @@ def draw_band(axes: Axes, reports: Sequence[Report], quantity: str, factor: floa
         mark = {"color": colour, "marker": "o", "markersize": 2.5}
         axes.plot(times, low, label=label(reports, report, "p50"), **mark)
         axes.plot(times, high, linestyle="--", label=label(reports, report, "p99"), **mark)
-    axes.set_yscale("log")
 
 
 def draw_ttft_shares(axes: Axes, reports: Sequence[Report]) -> None:
     """How many requests had their first token by when."""
-    draw_shares(axes, reports, "ttft_s", 1.0)
-    draw_slo(axes.axvline, reports[0].goodput.slo_ttft_s, "s")
+    slo = reports[0].goodput.slo_ttft_s
+    draw_shares(axes, reports, "ttft_s", 1.0, [slo])
+    draw_slo(axes.axvline, slo, "s")
     finish_shares(axes, "Time to first token", "TTFT (s)", "answered requests")
 
 
 def draw_itl_shares(axes: Axes, reports: Sequence[Report]) -> None:
     """How many tokens came how soon after the one before."""
-    draw_shares(axes, reports, "itl_s", 1e3)
-    draw_slo(axes.axvline, reports[0].goodput.slo_itl_s * 1e3, "ms")
+    slo = reports[0].goodput.slo_itl_s * 1e3
+    draw_shares(axes, reports, "itl_s", 1e3, [slo])
+    draw_slo(axes.axvline, slo, "ms")
     finish_shares(axes, "Inter-token latency", "ITL (ms)", "tokens")
 
 
 def draw_e2e_shares(axes: Axes, reports: Sequence[Report]) -> None:
     """How many requests were done by when."""
-    draw_shares(axes, reports, "e2e_s", 1.0)
+    draw_shares(axes, reports, "e2e_s", 1.0, [])
     finish_shares(axes, "End to end", "sending to end (s)", "completed requests")
 
 
-def draw_shares(axes: Axes, reports: Sequence[Report], quantity: str, factor: float) -> None:
-    """A cumulative distribution on a logarithmic axis."""
-    for report, colour in zip(reports, COLOURS, strict=False):
-        values = [max(value * factor, LEAST) for value in getattr(report.quantiles, quantity)]
+def draw_shares(
+    axes: Axes, reports: Sequence[Report], quantity: str, factor: float, also: Sequence[float]
+) -> None:
+    """A cumulative distribution on a logarithmic axis that shows `also` those values."""
+    lines = [
+        [max(value * factor, LEAST) for value in getattr(report.quantiles, quantity)] for report in reports
+    ]
+    axes.set_xscale("log")
+    axes.set_xlim(log_limits([*chain(*lines), *also]))
+    for report, values, colour in zip(reports, lines, COLOURS, strict=False):
         shares = [index / (len(values) - 1) for index in range(len(values))]
         axes.plot(values, shares, color=colour, label=label(reports, report, "measured"))
-    axes.set_xscale("log")
 
 
 def draw_slo(line: Callable[..., object], bound: float, unit: str) -> None:
@@ -194,6 +211,12 @@ def positive(report: Report, quantity: str, factor: float) -> list[float]:
     """A latency in each bucket as a logarithmic axis bears it; NaN in empty ones."""
     values = getattr(report.seconds, quantity)
     return [float("nan") if value is None else max(value * factor, LEAST) for value in values]
+
+
+def log_limits(values: Sequence[float]) -> tuple[float, float]:
+    """A logarithmic axis with room beside the values, of which NaN are none."""
+    there = [value for value in values if value == value]
+    return (min(there) / 1.3, max(there) * 1.3) if there else (0.001, 1.0)
 
 
 def label(reports: Sequence[Report], report: Report, quantity: str) -> str:
