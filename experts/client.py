@@ -135,11 +135,7 @@ class RemoteExperts:
     def finish(self, call: Call) -> None:
         """Wait until every part of a call is here, sending it anew where a shard failed."""
         begin_s = time.monotonic()
-        try:
-            self._finish(call)
-        except ExpertsUnavailable:
-            self._given_up_count += 1
-            raise
+        self._finish(call)
         now_s = time.monotonic()
         self._waited_s += now_s - begin_s
         self._took_s += now_s - call.begin_s
@@ -163,6 +159,7 @@ class RemoteExperts:
             except (ChannelError, DispatchRefused) as error:
                 self.retries_count += 1
                 if time.monotonic() + RETRY_S > call.end_s:
+                    self._given_up_count += 1
                     raise ExpertsUnavailable(
                         f"layer {call.layer}: no answer within {self.config.timeout_s} s: {error}"
                     ) from error
@@ -181,6 +178,7 @@ class RemoteExperts:
         if self._route is None:
             with self._placed:
                 if not self._placed.wait_for(lambda: self._route is not None, end_s - time.monotonic()):
+                    self._given_up_count += 1
                     raise ExpertsUnavailable("no placement of experts is known yet")
         return self._route
 

@@ -3,6 +3,7 @@
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from experts.client import RemoteExperts, only_needed
 from experts.config import DispatchConfig
 from experts.errors import ExpertsUnavailable
 from experts.local import LocalExperts
-from experts.messages import COMBINE, REFUSED, Placement
+from experts.messages import COMBINE, DISPATCH_BOUNDS_S, REFUSED, Placement
 from experts.shard import ExpertShard
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.frame import Frame
@@ -158,6 +159,22 @@ def test_calls_may_be_combined_in_any_order(group_of, remote_with, local):
     for index in (2, 0, 1):
         expected = local.dispatch((1, 2, 1)[index], *tokens[index]).combine()
         assert torch.equal(calls[index].combine(), expected)
+
+
+def test_a_report_counts_what_was_answered_and_what_was_given_up(group_of, remote_with):
+    remote = remote_with(group_of(2))
+    calls = [remote.dispatch(layer, *drawn_tokens(4)) for layer in (1, 2)]
+    time.sleep(0.02)
+    for call in calls:
+        call.combine()
+    report = remote.report()
+    assert sum(report.counts) == 2 and sum(report.counts[: bisect_left(DISPATCH_BOUNDS_S, 0.02)]) == 0
+    assert report.took_s >= 0.04 > report.waited_s > 0
+    assert (report.retries_count, report.given_up_count) == (0, 0)
+    lost = remote_with(None, timeout_s=SOON_S)
+    with pytest.raises(ExpertsUnavailable):
+        lost.dispatch(1, *drawn_tokens(4)).combine()
+    assert (sum(lost.report().counts), lost.report().given_up_count) == (0, 1)
 
 
 def test_frames_larger_than_any_buffer_do_not_block_each_other(group_of, remote_with, local):

@@ -126,6 +126,7 @@ def test_nodes_that_wait_for_one_layer_are_computed_together_to_the_same_bits(
     for node, (hidden, ids, _) in zip(nodes, tokens, strict=True):
         assert torch.equal(node.hear(ids.numel()), outputs_of(local, 1, hidden, ids))
     assert shard.report().dispatches_count == 3 and shard.report().slots_count == 38 * CHOICES
+    assert shard.report().busy_s > 0
 
 
 def test_layers_are_computed_apart(shard, node, other, local):
