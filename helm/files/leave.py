@@ -40,7 +40,7 @@ def leave(client, pod_name, finish_s, replacement_s, clock=time.time, sleep=time
             sleep(POLL_S)
         return
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    client.drain_node(node_id.hex(), reason, "its pod is to end", int(end_s * 1000))
+    client.drain_node(node_id.hex(), reason, "its pod is to end", int(end_s * 1000), timeout=ANSWER_S)
     while clock() < end_s and own_node(client.get_all_node_info(timeout=ANSWER_S), pod_name):
         sleep(POLL_S)
 

@@ -83,6 +83,7 @@ spec:
         - {name: TRITON_CACHE_DIR, value: /var/cache/trivium/triton}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
+        - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "0"} # preStop has drained the node by then
         {{- with .group.env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}

@@ -250,6 +250,7 @@ def test_notes_say_how_to_reach_generate_and_scale(tmp_path):
     notes = yaml.safe_load(done.stdout)["notes"]
     for words in (
         "trivium generate",
+        "trivium scale decode=2",
         "port-forward",
         "deployments/decode/scale",
         "demo-trivium-gateway.models:50051",

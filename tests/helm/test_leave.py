@@ -43,7 +43,7 @@ class FakeRay:
     def get_draining_nodes(self, timeout):
         return {"work": 0} if self.now_s - self.start_s < self.draining_s else {}
 
-    def drain_node(self, node_id, reason, message, deadline_ms):
+    def drain_node(self, node_id, reason, message, deadline_ms, timeout):
         self.drained.append((node_id, reason, deadline_ms))
         return True, ""
 
