@@ -132,7 +132,7 @@ class Autoscaler:
 
     def report(self, now_s: float) -> PoolsReport:
         """All pools and the decisions of late, newest first."""
-        states = tuple(self._state(pool) for pool in self._pools.values())
+        states = tuple(self._state(pool, now_s) for pool in self._pools.values())
         return PoolsReport(now_s, self.config.is_enabled, states, tuple(reversed(self._decisions)))
 
     # what is measured
@@ -154,7 +154,6 @@ class Autoscaler:
         pool.roomy_since_s = _since(pool.roomy_since_s, now_s) if is_roomy else None
         if now_s - max(pool.shrunk_s, pool.grown_s) > REGRET_PAUSES * self._shrink_pause_s(pool):
             pool.regret = 1
-        pool.outlook = self._outlook(pool, now_s)
 
     def _notice_loans(self, pool: ScaledPool, now_s: float) -> None:
         is_done = pool.loans_asked != (self._lent_count(pool), self._borrowed_count(pool))
@@ -316,10 +315,12 @@ class Autoscaler:
         return pool.regret * self.config.shrink_pause_s
 
     def _outlook(self, pool: ScaledPool, now_s: float) -> str:
-        if not pool.is_heard(now_s):
-            return "nothing was heard of it of late, so its count stays"
         if pool.hold is not None:
             return f"held at {pool.hold.count} by {pool.hold.by}"
+        if pool.kind == GATEWAY or not self.config.is_enabled:
+            return "people set its count"
+        if not pool.is_heard(now_s):
+            return "nothing was heard of it of late, so its count stays"
         if pool.is_awaited:
             return "waits for Serve to show what was asked for"
         if pool.changing_since_s is not None:
@@ -333,7 +334,7 @@ class Autoscaler:
             return f"one less was enough for {now_s - pool.roomy_since_s:.0f} s of {pause_s:.0f} s"
         return "as many as the load asks for"
 
-    def _state(self, pool: ScaledPool) -> PoolState:
+    def _state(self, pool: ScaledPool, now_s: float) -> PoolState:
         reading = pool.reading
         return PoolState(
             pool.kind,
@@ -348,7 +349,7 @@ class Autoscaler:
             pool.hold,
             pool.pressures,
             pool.reason,
-            pool.outlook if self.config.is_enabled else "the autoscaler is off: people set counts",
+            self._outlook(pool, now_s),
             pool.grown_count,
             pool.shrunk_count,
         )

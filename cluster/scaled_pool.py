@@ -32,7 +32,6 @@ class ScaledPool:
     regret: int = 1
     hold: Hold | None = None
     reason: str = ""
-    outlook: str = ""
     grown_count: int = 0
     shrunk_count: int = 0
 

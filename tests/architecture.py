@@ -29,6 +29,7 @@ DOORS = {
     "cupy": ("kernels/transport/nccl.py",),
     "matplotlib": ("cluster/bench/picture.py",),
     "safetensors": ("kernels/model/checkpoint.py",),
+    "aiohttp": ("cluster/http_server.py", "cluster/pools_page.py", "cluster/ray_dashboard.py"),
     "opentelemetry": ("cluster/tracing.py",),
     "socket": ("kernels/transport/*",),
     "transformers": NOWHERE,

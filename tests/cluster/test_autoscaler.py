@@ -125,7 +125,7 @@ def test_a_stale_reading_moves_nothing(age_s: float):
     one = autoscaler()
     assert one.decide([decode(pages=200)], age_s) == []
     assert one.decide([], age_s) == []
-    assert "nothing was heard" in state(one, "decode").outlook
+    assert "nothing was heard" in state(one, "decode", age_s).outlook
 
 
 def test_switched_off_it_only_watches():
@@ -221,8 +221,8 @@ def test_a_pool_outside_its_bounds_comes_back_at_once():
 # what a person says
 
 
-def state(one: Autoscaler, kind: str):
-    return next(pool for pool in one.report(0.0).pools if pool.kind == kind)
+def state(one: Autoscaler, kind: str, now_s: float = 0.0):
+    return next(pool for pool in one.report(now_s).pools if pool.kind == kind)
 
 
 def test_a_held_pool_stays_until_released():
