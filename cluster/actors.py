@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
+from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.place import Place
 from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
@@ -31,6 +32,7 @@ class NodeActor:
 
     async def __init__(self, place: Place, coordinator: Any):
         torch.set_num_threads(place.config.threads_per_actor)
+        begin_logs(self.pool, place.config.operations.json_logs)
         self._place = place
         self._coordinator = coordinator
         self._changing: asyncio.Task | None = None
@@ -102,6 +104,7 @@ class ShardActor:
     def __init__(self, place: Place, coordinator: Any):
         torch.set_num_threads(place.config.threads_per_actor)
         self.name = member_name("shard")
+        begin_logs(self.name, place.config.operations.json_logs)
         self.state = READY
         self.loaded_share = 0.0
         checkpoint = Checkpoint(place.config.model.folder)

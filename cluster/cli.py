@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cluster.cli_bench import bench_app
 from cluster.cli_experts import experts_app
+from cluster.cli_operations import SCALE_EXAMPLES, scale, top
 from cluster.cli_options import (
     ADDRESS,
     Address,
@@ -57,6 +58,8 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at a configuration wit
 app.add_typer(config_app, name="config")
 app.add_typer(experts_app, name="experts")
 app.add_typer(bench_app, name="bench")
+app.command(epilog=SCALE_EXAMPLES)(scale)
+app.command(epilog="Example: trivium top --period-s 2")(top)
 
 
 @app.command(epilog="Example: trivium serve examples/local.yaml --decode 2")

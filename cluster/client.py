@@ -66,6 +66,7 @@ class Client:
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = trivium_pb2_grpc.InferenceStub(self._channel)
         self._experts = trivium_pb2_grpc.ExpertsStub(self._channel)
+        self._operations = trivium_pb2_grpc.OperationsStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
@@ -113,6 +114,29 @@ class Client:
         """Move experts from the placement in force to the homes given; raises TriviumError."""
         request = trivium_pb2.MoveExpertsRequest(layers=layers, placement_epoch=placement_epoch)
         return await self._call(self._experts.MoveExperts, request, timeout_s)
+
+    async def get_pools(self, timeout_s: float = 10.0) -> trivium_pb2.GetPoolsResponse:
+        """How many actors each pool has, and why; raises TriviumError."""
+        return await self._call(self._operations.GetPools, trivium_pb2.GetPoolsRequest(), timeout_s)
+
+    async def scale_pool(
+        self, kind: str, count: int | None, by: str = "", timeout_s: float = 15.0
+    ) -> trivium_pb2.GetPoolsResponse:
+        """Set a pool's count, or without one hold what it has, until released; raises TriviumError."""
+        request = trivium_pb2.ScalePoolRequest(kind=kind, count=count, by=by)
+        return await self._call(self._operations.ScalePool, request, timeout_s)
+
+    async def release_pool(self, kind: str, timeout_s: float = 10.0) -> trivium_pb2.GetPoolsResponse:
+        """Let the load decide about a pool again; raises TriviumError."""
+        request = trivium_pb2.ReleasePoolRequest(kind=kind)
+        return await self._call(self._operations.ReleasePool, request, timeout_s)
+
+    async def get_requests(
+        self, requests_max: int = 0, timeout_s: float = 10.0
+    ) -> trivium_pb2.GetRequestsResponse:
+        """Which requests of the gateway have been under way longest; raises TriviumError."""
+        request = trivium_pb2.GetRequestsRequest(requests_max=requests_max)
+        return await self._call(self._operations.GetRequests, request, timeout_s)
 
     async def is_serving(self, timeout_s: float = 2.0) -> bool:
         """Whether a request would be served now, by the standard health call."""

@@ -6,8 +6,13 @@ import sys
 import time
 from typing import Any
 
+from cluster.errors import TriviumError
+from cluster.logs import begin_logs
 from cluster.membership import Member, Membership, View
+from cluster.operations import Operations
 from cluster.place import Place, expert_bytes, plan_config, rebalance_config
+from cluster.scaler import Scaler
+from cluster.scaling import PoolsReport
 from experts.compiled import is_compiled
 from experts.errors import ExpertsMoving
 from experts.messages import Homes
@@ -27,6 +32,7 @@ class Coordinator:
 
     async def __init__(self, place: Place, window: Any):
         """`window.dashboard()` tells where Ray's dashboard server is."""
+        begin_logs("coordinator", place.config.operations.json_logs)
         model = ModelConfig.from_folder(place.config.model.folder)
         self._planner = Planner.of_model(model, plan_config(model, place.config))
         self._membership = Membership(
@@ -37,6 +43,10 @@ class Coordinator:
             expert_bytes(model, place.config),
         )
         self._preparing = asyncio.create_task(self._prepare())
+        self._scaler = Scaler(place.config, self._membership, window, model.routed_experts_count)
+        self._scaling = asyncio.create_task(self._scaler.run())
+        self.operations = Operations(place, self._membership, self._scaler, window)
+        await self.operations.start()
 
     async def heartbeat(self, member: Member) -> View:
         """Take a member's word and tell it what everybody has said."""
@@ -50,9 +60,35 @@ class Coordinator:
         """What the coordinator knows."""
         return self._membership.view(time.monotonic())
 
-    async def lend(self, from_kind: str, to_kind: str) -> str | None:
-        """Have a node serve as the other kind; its name, or None where none can be asked."""
-        return self._membership.lend(from_kind, to_kind)
+    async def pools_page(self) -> str:
+        """Where the Pools page is, with the token behind `#`; empty where there is none."""
+        return self.operations.page
+
+    async def pools(self) -> PoolsReport:
+        """How many actors each pool has, and why."""
+        return self._scaler.report()
+
+    async def set_pool(self, kind: str, count: int | None, by: str) -> PoolsReport | TriviumError:
+        """Set a pool's count, or hold the one it has, until released."""
+        try:
+            await self._scaler.set_count(kind, count, by)
+        except TriviumError as error:
+            return error
+        return self._scaler.report()
+
+    async def release_pool(self, kind: str) -> PoolsReport | TriviumError:
+        """Let the load decide about a pool again."""
+        try:
+            self._scaler.release(kind)
+        except TriviumError as error:
+            return error
+        return self._scaler.report()
+
+    async def __del__(self) -> None:
+        """End what was begun here."""
+        self._scaling.cancel()
+        await self.operations.stop()
+        await self._scaler.close()
 
     async def experts(self) -> ExpertsReport:
         """How the experts are placed and loaded."""

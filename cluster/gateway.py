@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -12,10 +13,14 @@ from grpc_reflection.v1alpha import reflection
 from cluster.desk import Desk
 from cluster.errors import InvalidConfig, Unauthenticated
 from cluster.gateway_experts import ExpertsService
+from cluster.gateway_operations import OperationsService
 from cluster.gateway_service import InferenceService, ServedModel
 from cluster.gateway_status import ErrorInterceptor, abort
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
+from cluster.http_server import HttpServer, metrics_application
+from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, Member, View
+from cluster.metrics import exposition, gateway_families
 from cluster.place import Place, context_tokens_max
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.request_trace import RequestTraces
@@ -29,7 +34,9 @@ from kernels.transport.spans import SpanLog
 logger = logging.getLogger(__name__)
 
 SERVICE = trivium_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-EXPERTS_SERVICE = trivium_pb2.DESCRIPTOR.services_by_name["Experts"].full_name
+OPERATORS_SERVICES = tuple(
+    trivium_pb2.DESCRIPTOR.services_by_name[name].full_name for name in ("Experts", "Operations")
+)
 MESSAGE_BYTES_PER_TOKEN = 16
 MESSAGE_BYTES_MIN = 1 << 20
 READ_BYTES_MAX = 128 << 20  # read whole and refused with a typed error; beyond it gRPC itself refuses
@@ -47,6 +54,7 @@ class GatewayActor:
     async def __init__(self, place: Place, coordinator: Any, *pools: Any):
         """`pools` are handles that make them and this gateway one application for Serve."""
         self.name = member_name(self.kind)
+        begin_logs(self.name, place.config.operations.json_logs)
         self.state = READY
         section = place.config.gateway
         model = served_model(place)
@@ -63,17 +71,24 @@ class GatewayActor:
         limit = section.message_bytes_max or max(
             MESSAGE_BYTES_MIN, MESSAGE_BYTES_PER_TOKEN * model.limits.context_tokens_max
         )
-        self.server = make_server(limit, read_token(section.token_file, "gateway.token_file"))
+        tokens = Tokens(
+            read_token(section.token_file, "gateway.token_file"),
+            read_token(operations.token_file, "operations.token_file"),
+        )
+        self.server = make_server(limit, tokens)
         trivium_pb2_grpc.add_InferenceServicer_to_server(self.service, self.server)
         trivium_pb2_grpc.add_ExpertsServicer_to_server(ExpertsService(coordinator), self.server)
+        operators = OperationsService(coordinator, self.desk.router)
+        trivium_pb2_grpc.add_OperationsServicer_to_server(operators, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        names = (SERVICE, EXPERTS_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, *OPERATORS_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         self.port = bind(self.server, section.host, section.port)
         self.address = f"{section.host}:{self.port}"
         await self._set_health(False)
         await self.server.start()
         self.desk.start()
+        self._monitored = await self._monitor(section.host, section.metrics_port)
         self._watching = asyncio.get_running_loop().create_task(self._keep_health())
         self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
         self.heartbeat.start()
@@ -112,7 +127,19 @@ class GatewayActor:
         await self.server.stop(GRACE_S)  # those who watch health or hold a reflection stream stay no longer
         await closing
         self.desk.close()
+        if self._monitored is not None:
+            await self._monitored.stop()
         await stop_tracing(self._tracing)
+
+    async def _monitor(self, host: str, port: int | None) -> HttpServer | None:
+        """Serve this gateway's own metrics, if it has a port for them."""
+        if port is None:
+            return None
+        application = metrics_application(self._metrics)
+        return await HttpServer.started(application, host, port, "gateway.metrics_port")
+
+    async def _metrics(self, accept: str) -> tuple[bytes, str]:
+        return exposition(gateway_families(self.describe(), self.service.view), accept)
 
     async def _keep_health(self) -> None:
         """Say by health whether a request could be served, as the nodes themselves tell."""
@@ -139,11 +166,24 @@ def served_model(place: Place) -> ServedModel:
     return ServedModel(place.config.model.served_name, config, tokenizer, limits)
 
 
-def make_server(message_bytes_max: int, token: str | None) -> grpc.aio.Server:
+@dataclass(frozen=True)
+class Tokens:
+    """What calls must carry: clients theirs, operators theirs if there is one and else that of clients."""
+
+    clients: str | None = field(default=None, repr=False)
+    operators: str | None = field(default=None, repr=False)
+
+    def accepted(self, service: str) -> tuple[str, ...]:
+        """The tokens of which calls of a service must carry one; none where it is open."""
+        if self.operators is not None and service in OPERATORS_SERVICES:
+            return (self.operators,)
+        known = (self.clients, self.operators) if self.clients is not None else ()
+        return tuple(token for token in known if token is not None)
+
+
+def make_server(message_bytes_max: int, tokens: Tokens) -> grpc.aio.Server:
     """A server whose every error is typed and whose limits are ours."""
-    interceptors = [ErrorInterceptor(message_bytes_max)]
-    if token is not None:
-        interceptors.insert(0, TokenInterceptor(token))
+    interceptors = [TokenInterceptor(tokens), ErrorInterceptor(message_bytes_max)]
     return grpc.aio.server(
         interceptors=interceptors,
         options=[
@@ -172,17 +212,20 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without the bearer token before anything of them is read; health needs none."""
 
-    def __init__(self, token: str):
-        self._expected = f"Bearer {token}"
+    def __init__(self, tokens: Tokens):
+        self._tokens = tokens
 
     async def intercept_service(
         self, continuation: Any, details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler:
         """The handler, or one that refuses."""
         handler = await continuation(details)
-        sent = dict(details.invocation_metadata).get("authorization", "")
-        open_to_all = details.method.startswith(f"/{health.SERVICE_NAME}/")
-        if handler is None or open_to_all or hmac.compare_digest(str(sent).encode(), self._expected.encode()):
+        service = details.method.split("/")[1]
+        accepted = self._tokens.accepted(service)
+        if handler is None or not accepted or service == health.SERVICE_NAME:
+            return handler
+        sent = str(dict(details.invocation_metadata).get("authorization", "")).encode()
+        if any([hmac.compare_digest(sent, f"Bearer {token}".encode()) for token in accepted]):
             return handler
         return refusing(handler, details.method)
 

@@ -1,18 +1,14 @@
 """The experts' service: what operators see and move, told and asked of the coordinator."""
 
-import asyncio
 from typing import Any
 
 import grpc
 
-from cluster.errors import InvalidRequest, NodeUnavailable
+from cluster.coordinator_call import ask
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
-from experts.errors import ExpertsMoving
 from experts.messages import Homes
 from experts.rebalance import Forecast
 from experts.report import ExpertsReport
-
-ANSWER_S = 10.0
 
 
 class ExpertsService(trivium_pb2_grpc.ExpertsServicer):
@@ -25,46 +21,19 @@ class ExpertsService(trivium_pb2_grpc.ExpertsServicer):
         self, request: trivium_pb2.GetExpertsRequest, context: grpc.aio.ServicerContext
     ) -> trivium_pb2.GetExpertsResponse:
         """Where experts are and how loaded each shard is."""
-        return to_experts(await self._ask(self._coordinator.experts))
+        return to_experts(await ask(self._coordinator.experts))
 
     async def PlanExperts(
         self, request: trivium_pb2.PlanExpertsRequest, context: grpc.aio.ServicerContext
     ) -> trivium_pb2.ExpertsPlan:
         """What a rebalance would do now."""
-        return to_plan(await self._ask(self._coordinator.forecast))
+        return to_plan(await ask(self._coordinator.forecast))
 
     async def MoveExperts(
         self, request: trivium_pb2.MoveExpertsRequest, context: grpc.aio.ServicerContext
     ) -> trivium_pb2.ExpertsPlan:
         """Move experts while requests run."""
-        return to_plan(await self._ask(self._coordinator.move_to, to_homes(request), request.placement_epoch))
-
-    async def _ask(self, method: Any, *arguments: Any) -> Any:
-        """What the coordinator answers; its refusals come back as values, typed."""
-        try:
-            answer = await asyncio.wait_for(method.remote(*arguments), ANSWER_S)
-        except TimeoutError as error:
-            raise NodeUnavailable(
-                reason="NO_COORDINATOR",
-                message="the coordinator does not answer",
-                remedy="Try again in a few seconds.",
-                retry_after_s=5.0,
-            ) from error
-        if isinstance(answer, ExpertsMoving):
-            raise NodeUnavailable(
-                reason="EXPERTS_MOVING",
-                message=str(answer),
-                remedy="Try again in a few seconds.",
-                retry_after_s=5.0,
-            )
-        if isinstance(answer, ValueError):
-            raise InvalidRequest(
-                reason="HOMES_DO_NOT_FIT",
-                message=str(answer),
-                field="layers",
-                remedy="Plan anew: `trivium experts plan --output FILE`.",
-            )
-        return answer
+        return to_plan(await ask(self._coordinator.move_to, to_homes(request), request.placement_epoch))
 
 
 def to_homes(request: trivium_pb2.MoveExpertsRequest) -> Homes:

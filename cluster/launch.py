@@ -244,6 +244,9 @@ def serve(cluster: Cluster, greeting: bool, once: bool) -> None:
     view = start_with_progress(cluster)
     address = cluster.address
     console.print(cluster_table(view, address, cluster.dashboard))
+    page = pools.pools_page()
+    if page:
+        console.print(f"Pools page: {page}", soft_wrap=True, highlight=False)
     if greeting:
         asyncio.run(greet(address, read_token(cluster.config.gateway.token_file, "gateway.token_file")))
     if not once:

@@ -22,6 +22,8 @@ class Place:
     config: ClusterConfig
     secret: str = field(repr=False)
     sockets_folder: str
+    operations_token: str = field(default="", repr=False)
+    """What the Pools page asks for."""
 
     def address(self, name: str) -> str:
         """Where a member of this name listens."""
@@ -34,7 +36,8 @@ class Place:
 def make_place(config: ClusterConfig, sockets_folder: str) -> Place:
     """The place of a new cluster, with the secret that its file holds or a new one; raises InvalidConfig."""
     secret = read_token(config.transport.secret_file, "transport.secret_file")
-    return Place(config, secret or secrets.token_hex(32), sockets_folder)
+    token = read_token(config.operations.token_file, "operations.token_file")
+    return Place(config, secret or secrets.token_hex(32), sockets_folder, token or secrets.token_urlsafe(24))
 
 
 def plan_config(model: ModelConfig, config: ClusterConfig) -> PlanConfig:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from ray.util.metrics import Gauge
 
 from cluster.actors import DecodeActor, PrefillActor, ShardActor
 from cluster.config import load_config
@@ -138,7 +139,19 @@ def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float])
 
 
 class RayWindow:
-    """Through which an actor finds Ray's own dashboard server; it holds nothing, so it travels freely."""
+    """Through which an actor that does not know Ray sees and tells it things; made before Ray sends it."""
+
+    application = APPLICATION
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Gauge] = {}
+
+    def publish(self, samples: Iterable[tuple[str, str, dict[str, str], float]]) -> None:
+        """Give Ray's exporter the newest (name, kind, labels, value), all as gauges called `ray_…`."""
+        for name, _, labels, value in samples:
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, tag_keys=tuple(labels))
+            self._gauges[name].set(value, labels)
 
     def dashboard(self) -> DashboardAccess | None:
         """Where the server is and what it wants to see, or None where there is none."""
@@ -162,6 +175,14 @@ def view(timeout_s: float = 5.0) -> View:
         return coordinator_handle().view.remote().result(timeout_s=timeout_s)
     except Exception:  # Serve has many names for "not yet"
         return View()
+
+
+def pools_page(timeout_s: float = 5.0) -> str:
+    """Where people look at pools and scale them; empty where there is no such page, or nobody to tell."""
+    try:
+        return coordinator_handle().pools_page.remote().result(timeout_s=timeout_s)
+    except Exception:  # as for the view
+        return ""
 
 
 def problems() -> list[str]:

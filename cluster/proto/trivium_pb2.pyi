@@ -371,3 +371,133 @@ class ExpertsPlan(_message.Message):
     time_s: float
     placement_epoch: int
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerOfExperts, _Mapping]]] = ..., slowness_before: _Optional[float] = ..., slowness_after: _Optional[float] = ..., moves_count: _Optional[int] = ..., bytes_count: _Optional[int] = ..., steps_count: _Optional[int] = ..., time_s: _Optional[float] = ..., placement_epoch: _Optional[int] = ...) -> None: ...
+
+class GetPoolsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetPoolsResponse(_message.Message):
+    __slots__ = ("pools", "decisions", "is_autoscaled")
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    IS_AUTOSCALED_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    decisions: _containers.RepeatedCompositeFieldContainer[ScaleDecision]
+    is_autoscaled: bool
+    def __init__(self, pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[ScaleDecision, _Mapping]]] = ..., is_autoscaled: _Optional[bool] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("kind", "target_count", "ready_count", "starting_count", "draining_count", "lent_count", "borrowed_count", "count_min", "count_max", "hold", "pressures", "reason", "outlook")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TARGET_COUNT_FIELD_NUMBER: _ClassVar[int]
+    READY_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STARTING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LENT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BORROWED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COUNT_MIN_FIELD_NUMBER: _ClassVar[int]
+    COUNT_MAX_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    PRESSURES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTLOOK_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    target_count: int
+    ready_count: int
+    starting_count: int
+    draining_count: int
+    lent_count: int
+    borrowed_count: int
+    count_min: int
+    count_max: int
+    hold: PoolHold
+    pressures: _containers.RepeatedCompositeFieldContainer[PoolPressure]
+    reason: str
+    outlook: str
+    def __init__(self, kind: _Optional[str] = ..., target_count: _Optional[int] = ..., ready_count: _Optional[int] = ..., starting_count: _Optional[int] = ..., draining_count: _Optional[int] = ..., lent_count: _Optional[int] = ..., borrowed_count: _Optional[int] = ..., count_min: _Optional[int] = ..., count_max: _Optional[int] = ..., hold: _Optional[_Union[PoolHold, _Mapping]] = ..., pressures: _Optional[_Iterable[_Union[PoolPressure, _Mapping]]] = ..., reason: _Optional[str] = ..., outlook: _Optional[str] = ...) -> None: ...
+
+class PoolHold(_message.Message):
+    __slots__ = ("count", "by", "age_s")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    by: str
+    age_s: float
+    def __init__(self, count: _Optional[int] = ..., by: _Optional[str] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class PoolPressure(_message.Message):
+    __slots__ = ("cause", "level", "words", "limit_words")
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_WORDS_FIELD_NUMBER: _ClassVar[int]
+    cause: str
+    level: float
+    words: str
+    limit_words: str
+    def __init__(self, cause: _Optional[str] = ..., level: _Optional[float] = ..., words: _Optional[str] = ..., limit_words: _Optional[str] = ...) -> None: ...
+
+class ScaleDecision(_message.Message):
+    __slots__ = ("age_s", "kind", "from_count", "to_count", "reason")
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    FROM_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TO_COUNT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    age_s: float
+    kind: str
+    from_count: int
+    to_count: int
+    reason: str
+    def __init__(self, age_s: _Optional[float] = ..., kind: _Optional[str] = ..., from_count: _Optional[int] = ..., to_count: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ScalePoolRequest(_message.Message):
+    __slots__ = ("kind", "count", "by")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    count: int
+    by: str
+    def __init__(self, kind: _Optional[str] = ..., count: _Optional[int] = ..., by: _Optional[str] = ...) -> None: ...
+
+class ReleasePoolRequest(_message.Message):
+    __slots__ = ("kind",)
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    def __init__(self, kind: _Optional[str] = ...) -> None: ...
+
+class GetRequestsRequest(_message.Message):
+    __slots__ = ("requests_max",)
+    REQUESTS_MAX_FIELD_NUMBER: _ClassVar[int]
+    requests_max: int
+    def __init__(self, requests_max: _Optional[int] = ...) -> None: ...
+
+class GetRequestsResponse(_message.Message):
+    __slots__ = ("requests", "requests_count")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RequestUnderWay]
+    requests_count: int
+    def __init__(self, requests: _Optional[_Iterable[_Union[RequestUnderWay, _Mapping]]] = ..., requests_count: _Optional[int] = ...) -> None: ...
+
+class RequestUnderWay(_message.Message):
+    __slots__ = ("request_id", "phase", "age_s", "prompt_tokens_count", "output_tokens_count", "attempts_count", "prefill", "decode")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    phase: str
+    age_s: float
+    prompt_tokens_count: int
+    output_tokens_count: int
+    attempts_count: int
+    prefill: str
+    decode: str
+    def __init__(self, request_id: _Optional[str] = ..., phase: _Optional[str] = ..., age_s: _Optional[float] = ..., prompt_tokens_count: _Optional[int] = ..., output_tokens_count: _Optional[int] = ..., attempts_count: _Optional[int] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ...) -> None: ...

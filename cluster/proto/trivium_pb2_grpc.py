@@ -351,3 +351,211 @@ class Experts:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class OperationsStub:
+    """The cluster at work, as operators see and scale it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetPools = channel.unary_unary(
+                '/trivium.v1.Operations/GetPools',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.FromString,
+                _registered_method=True)
+        self.ScalePool = channel.unary_unary(
+                '/trivium.v1.Operations/ScalePool',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.ScalePoolRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.FromString,
+                _registered_method=True)
+        self.ReleasePool = channel.unary_unary(
+                '/trivium.v1.Operations/ReleasePool',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.ReleasePoolRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.FromString,
+                _registered_method=True)
+        self.GetRequests = channel.unary_unary(
+                '/trivium.v1.Operations/GetRequests',
+                request_serializer=cluster_dot_proto_dot_trivium__pb2.GetRequestsRequest.SerializeToString,
+                response_deserializer=cluster_dot_proto_dot_trivium__pb2.GetRequestsResponse.FromString,
+                _registered_method=True)
+
+
+class OperationsServicer:
+    """The cluster at work, as operators see and scale it.
+    """
+
+    def GetPools(self, request, context):
+        """Says how many actors each pool has, why, and what was decided of late.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScalePool(self, request, context):
+        """Sets a pool's count, which holds until it is released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleasePool(self, request, context):
+        """Lets the load decide about a pool again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRequests(self, request, context):
+        """Says which requests of this gateway have been under way longest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_OperationsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetPools': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPools,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.SerializeToString,
+            ),
+            'ScalePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScalePool,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.ScalePoolRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.SerializeToString,
+            ),
+            'ReleasePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleasePool,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.ReleasePoolRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.SerializeToString,
+            ),
+            'GetRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRequests,
+                    request_deserializer=cluster_dot_proto_dot_trivium__pb2.GetRequestsRequest.FromString,
+                    response_serializer=cluster_dot_proto_dot_trivium__pb2.GetRequestsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'trivium.v1.Operations', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('trivium.v1.Operations', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Operations:
+    """The cluster at work, as operators see and scale it.
+    """
+
+    @staticmethod
+    def GetPools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Operations/GetPools',
+            cluster_dot_proto_dot_trivium__pb2.GetPoolsRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScalePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Operations/ScalePool',
+            cluster_dot_proto_dot_trivium__pb2.ScalePoolRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleasePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Operations/ReleasePool',
+            cluster_dot_proto_dot_trivium__pb2.ReleasePoolRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.GetPoolsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.v1.Operations/GetRequests',
+            cluster_dot_proto_dot_trivium__pb2.GetRequestsRequest.SerializeToString,
+            cluster_dot_proto_dot_trivium__pb2.GetRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

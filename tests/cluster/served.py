@@ -9,7 +9,7 @@ import grpc
 import torch
 
 from cluster.desk import Desk
-from cluster.gateway import bind, make_server
+from cluster.gateway import Tokens, bind, make_server
 from cluster.gateway_service import InferenceService, ServedModel
 from cluster.membership import Member, View
 from cluster.proto import trivium_pb2_grpc
@@ -98,7 +98,7 @@ async def served(
     desk = Desk("gateway", SECRET, 10.0, requests_waiting_max)
     service = InferenceService(model, desk, stall_timeout_s)
     service.view = view
-    server: grpc.aio.Server = make_server(1 << 20, token)
+    server: grpc.aio.Server = make_server(1 << 20, Tokens(token))
     trivium_pb2_grpc.add_InferenceServicer_to_server(service, server)
     port = bind(server, "127.0.0.1", 0)
     await server.start()

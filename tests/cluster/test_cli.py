@@ -6,7 +6,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from cluster import cli, cli_experts
+from cluster import cli, cli_experts, cli_operations
 from cluster.client import Admitted, Delta
 from cluster.errors import Overloaded
 
@@ -30,16 +30,18 @@ def run(*arguments: str):
 
 
 def examples() -> list[str]:
-    """The example in each command's help."""
+    """The examples in each command's help."""
     apps = (cli.app, cli.config_app, cli.experts_app)
     commands = [command for app in apps for command in app.registered_commands]
-    return [command.epilog.removeprefix("Example: ") for command in commands]
+    lines = [line for command in commands for line in command.epilog.splitlines()]
+    examples = [line.removeprefix("Example: ") for line in lines]
+    return [line for line in examples if line.startswith("trivium")]
 
 
 def test_every_example_in_the_help_is_understood(became, monkeypatch):
-    for module in (cli, cli_experts):
+    for module in (cli, cli_experts, cli_operations):
         monkeypatch.setattr(module, "run", lambda work: work.close())
-    assert len(examples()) == 8
+    assert len(examples()) == 11
     for example in examples():
         words = [word or text for text, word in re.findall(r'"([^"]*)"|(\S+)', example)]
         assert words[0] == "trivium"
@@ -49,7 +51,7 @@ def test_every_example_in_the_help_is_understood(became, monkeypatch):
 
 
 def test_every_command_has_help():
-    plain = ("serve", "generate", "reference", "status", "config", "experts")
+    plain = ("serve", "generate", "reference", "status", "config", "experts", "scale", "top", "bench")
     for command in (*plain, "config check", "config show", "experts plan", "experts move"):
         done = run(*command.split(), "--help")
         assert done.exit_code == 0

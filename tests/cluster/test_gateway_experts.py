@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cluster import cli, cli_experts
 from cluster.client import Client, as_values, read_plan
 from cluster.errors import InvalidRequest, NodeUnavailable
-from cluster.gateway import bind, make_server
+from cluster.gateway import Tokens, bind, make_server
 from cluster.gateway_experts import ExpertsService
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.show_experts import colour_of
@@ -114,7 +114,7 @@ def address(coordinator, monkeypatch) -> str:
 @asynccontextmanager
 async def served(coordinator: Coordinator) -> AsyncIterator[str]:
     """A gateway's server with the experts' service alone."""
-    server = make_server(1 << 20, None)
+    server = make_server(1 << 20, Tokens())
     trivium_pb2_grpc.add_ExpertsServicer_to_server(ExpertsService(coordinator), server)
     port = bind(server, "127.0.0.1", 0)
     await server.start()

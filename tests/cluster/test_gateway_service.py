@@ -138,6 +138,9 @@ def test_an_error_in_text_frees_everything_and_is_told_by_its_id(nodes, monkeypa
 
 def test_a_stalled_reader_is_cut_off_and_leaves_nothing():
     class Context:
+        def invocation_metadata(self) -> tuple:
+            return ()
+
         async def write(self, _) -> None:
             await asyncio.Event().wait()
 

@@ -21,6 +21,7 @@ SMALL = "examples/trivium-small"
 def config_of(**sections) -> ClusterConfig:
     """A configuration of the example model that takes any ports."""
     values = {"model": {"folder": SMALL}, "gateway": {"port": 0}, "dashboard": {"port": 0}}
+    values |= {"operations": {"port": 0}}
     return check_config(values | sections, "test", Path.cwd())
 
 
@@ -49,6 +50,7 @@ def ray(monkeypatch) -> list:
     monkeypatch.setattr(launch.pools, "deploy", lambda _: said.append("deploy"))
     monkeypatch.setattr(launch.pools, "stop", lambda is_deployed: said.append(("stop", is_deployed)))
     monkeypatch.setattr(launch.pools, "problems", list)
+    monkeypatch.setattr(launch.pools, "pools_page", str)
     monkeypatch.setattr(launch.pools, "view", lambda: view_of(gateway=1, prefill=1, decode=1, experts=2))
     return said
 

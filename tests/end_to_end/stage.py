@@ -35,6 +35,7 @@ class Stage:
     def cluster(self, folder: Path, **sections: dict) -> str:
         """Address of a cluster that serves `folder`, configured as a YAML file would."""
         values = {"model": {"folder": str(folder)}, "gateway": {"port": 0}, **sections}
+        values["operations"] = {"port": 0, **values.get("operations", {})}
         config = check_config(values, "test", Path.cwd())
         if config != self._config:
             self.clear()

@@ -1,0 +1,53 @@
+"""An HTTP server in the running event loop, and what a gateway's monitors read there."""
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from cluster.errors import InvalidConfig
+
+SHUTDOWN_S = 2.0
+
+Metrics = Callable[[str], Awaitable[tuple[bytes, str]]]
+"""From an Accept header to a text and its content type."""
+
+
+class HttpServer:
+    """Serves one application at one address until it is stopped."""
+
+    def __init__(self, runner: web.AppRunner, address: str):
+        self.address = address
+        self._runner = runner
+
+    @classmethod
+    async def started(cls, application: web.Application, host: str, port: int, field: str) -> "HttpServer":
+        """Listen; raises InvalidConfig, about the key `field`, where that is not possible."""
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port, reuse_port=False).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise InvalidConfig(
+                reason="PORT_TAKEN",
+                message=f"{host}:{port} cannot be listened on",
+                field=field,
+                remedy="Name a free port, or 0 for any.",
+            ) from error
+        return cls(runner, f"{host}:{runner.addresses[0][1]}")
+
+    async def stop(self) -> None:
+        """Answer nobody any more."""
+        await self._runner.cleanup()
+
+
+def metrics_application(metrics: Metrics) -> web.Application:
+    """Metrics alone."""
+
+    async def answer(request: web.Request) -> web.Response:
+        text, content_type = await metrics(request.headers.get("Accept", ""))
+        return web.Response(body=text, headers={"Content-Type": content_type})
+
+    application = web.Application()
+    application.router.add_get("/metrics", answer)
+    return application

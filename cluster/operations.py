@@ -1,0 +1,95 @@
+"""What the coordinator shows of the cluster: the Pools page, metrics, Ray's exporter, a line in the log."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from cluster.http_server import HttpServer
+from cluster.membership import Membership, View
+from cluster.metrics import exposition, families, mirrored
+from cluster.place import Place
+from cluster.pools_page import pools_application, pools_json
+from cluster.scaler import Scaler
+from cluster.stats_line import stats_line
+
+logger = logging.getLogger(__name__)
+
+MIRROR_EVERY_S = 5.0
+STATS_EVERY_S = 10.0
+BY_PAGE = "the Pools page"
+
+
+class Operations:
+    """Serves and publishes until it is stopped; it decides nothing."""
+
+    def __init__(self, place: Place, membership: Membership, scaler: Scaler, window: Any):
+        """`window.publish` takes what Ray's exporter is to carry."""
+        self._section = place.config.operations
+        self._token = place.operations_token
+        self._membership = membership
+        self._scaler = scaler
+        self._window = window
+        self._server: HttpServer | None = None
+        self._tasks: list[asyncio.Task] = []
+
+    async def start(self) -> None:
+        """Begin to serve and to publish, in the running event loop; raises InvalidConfig."""
+        if self._section.enabled:
+            application = pools_application(self._token, self._read, self._act, self._metrics)
+            where = (self._section.host, self._section.port, "operations.port")
+            self._server = await HttpServer.started(application, *where)
+        regular = [(STATS_EVERY_S, self._log_stats)]
+        if self._section.ray_metrics:
+            regular.append((MIRROR_EVERY_S, self._mirror))
+        self._before, self._before_s = View(), time.monotonic()
+        self._tasks = [asyncio.create_task(self._every(*one)) for one in regular]
+
+    async def stop(self) -> None:
+        """Serve and publish no more."""
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop()
+
+    @property
+    def page(self) -> str:
+        """Where people look at pools and scale them, with the token behind `#`, which no server is sent."""
+        return f"http://{self._server.address}/#token={self._token}" if self._server is not None else ""
+
+    async def _read(self) -> dict[str, Any]:
+        return pools_json(self._scaler.report())
+
+    async def _act(self, kind: str, verb: str, count: int | None) -> None:
+        """Do what a person asks on the page; raises TriviumError."""
+        if verb == "release":
+            self._scaler.release(kind)
+        else:
+            await self._scaler.set_count(kind, count if verb == "set" else None, BY_PAGE)
+
+    async def _metrics(self, accept: str) -> tuple[bytes, str]:
+        return exposition(self._families(), accept)
+
+    def _families(self) -> list:
+        now_s = time.monotonic()
+        membership = self._membership
+        view = membership.view(now_s)
+        experts = membership.experts.report(membership.problem)
+        silences_s = membership.silences_s(now_s)
+        return families(view, experts, self._scaler.report(), silences_s, membership.lost_counts)
+
+    def _mirror(self) -> None:
+        self._window.publish(mirrored(self._families()))
+
+    def _log_stats(self) -> None:
+        view, now_s = self._membership.view(time.monotonic()), time.monotonic()
+        logger.info("%s", stats_line(self._before, view, now_s - self._before_s))
+        self._before, self._before_s = view, now_s
+
+    async def _every(self, period_s: float, do: Any) -> None:
+        while True:
+            await asyncio.sleep(period_s)
+            try:
+                do()
+            except Exception:
+                logger.exception("%s failed; it is tried again", do.__name__.strip("_"))
