@@ -94,8 +94,8 @@ class Autoscaler:
             )
         pool.hold = Hold(kind, count, by, now_s)
         self._record(pool, pool.aim_count, count, f"set by {by}; it holds until released", now_s)
-        if count != pool.target_count:
-            pool.asked_count, pool.asked_s = count, now_s
+        if pool.is_awaited or count != pool.target_count:
+            pool.ask(count, now_s)
         return count
 
     def release(self, kind: str, now_s: float) -> None:
@@ -120,14 +120,18 @@ class Autoscaler:
                 reason = f"found at {count} by a coordinator that has just begun; it is taken as it is"
                 self._record(pool, pool.limits.count, count, reason, now_s)
         elif count == pool.asked_count:
-            pool.target_count, pool.asked_count = count, None
+            pool.target_count = count
+            pool.ask_no_more()
+        elif count != before and count in pool.overtaken_counts:
+            pool.target_count = count
         elif count != before:
-            pool.target_count, pool.asked_count = count, None
+            pool.target_count = count
+            pool.ask_no_more()
             pool.hold = Hold(kind, count, DASHBOARD, now_s)
             self._record(pool, before, count, f"set by {DASHBOARD}; it holds until released", now_s)
         elif pool.asked_count is not None and now_s - pool.asked_s > OBEYED_S:
             self._record(pool, pool.asked_count, count, f"Serve did not do it within {OBEYED_S:.0f} s", now_s)
-            pool.asked_count = None
+            pool.ask_no_more()
             pool.hold = replace(pool.hold, count=count) if pool.hold is not None else None
 
     def report(self, now_s: float) -> PoolsReport:
@@ -274,7 +278,8 @@ class Autoscaler:
 
     def _scale(self, pool: ScaledPool, count: int, reason: str, now_s: float) -> ScalePool:
         self._record(pool, pool.aim_count, count, reason, now_s)
-        pool.asked_count, pool.asked_s, pool.roomy_since_s = count, now_s, None
+        pool.ask(count, now_s)
+        pool.roomy_since_s = None
         return ScalePool(pool.kind, count, reason)
 
     def _record(self, pool: ScaledPool, from_count: int, to_count: int, reason: str, now_s: float) -> None:

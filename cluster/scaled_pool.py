@@ -1,7 +1,7 @@
 """What the autoscaler keeps of one pool between two looks at it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.scaling import Hold, PoolLimits, PoolReading, Pressure
 
@@ -22,6 +22,8 @@ class ScaledPool:
     asked_count: int | None = None
     """That Serve was asked for and has not shown yet."""
     asked_s: float = -math.inf
+    overtaken_counts: set[int] = field(default_factory=set)
+    """Asked for before that and not seen either: Serve may show them on its way."""
     loans_asked: tuple[int, int] | None = None
     """Nodes lent and borrowed when one was asked to change its role, until that shows."""
     grown_s: float = -math.inf
@@ -53,3 +55,14 @@ class ScaledPool:
     def is_heard(self, now_s: float) -> bool:
         """Whether there is a reading, and a fresh one."""
         return self.reading is not None and now_s - self.reading.read_s <= STALE_S
+
+    def ask(self, count: int, now_s: float) -> None:
+        """Note what Serve is asked for."""
+        if self.asked_count is not None:
+            self.overtaken_counts.add(self.asked_count)
+        self.asked_count, self.asked_s = count, now_s
+
+    def ask_no_more(self) -> None:
+        """Serve has shown what it was asked for, or somebody else was quicker, or it never will."""
+        self.asked_count = None
+        self.overtaken_counts.clear()

@@ -278,6 +278,27 @@ def test_a_persons_own_count_is_not_taken_for_the_dashboards():
     assert state(one, "decode").hold.by == "the Pools page"
 
 
+def test_counts_set_in_quick_succession_are_all_ours():
+    one = autoscaler()
+    [command] = one.decide([decode(pages=90)], 0.0)
+    one.hold("decode", 5, "the Pools page", 0.1)
+    one.hold("decode", 6, "the Pools page", 0.2)
+    for count in (2, command.count, 5, 6):
+        one.target_seen("decode", count, 1.0)
+        assert (state(one, "decode").hold.count, state(one, "decode").hold.by) == (6, "the Pools page")
+    one.target_seen("decode", 5, 2.0)
+    assert (state(one, "decode").hold.count, state(one, "decode").hold.by) == (5, DASHBOARD)
+
+
+def test_a_call_that_was_lost_leaves_the_hold_at_what_there_is():
+    one = autoscaler()
+    one.target_seen("decode", 2, 0.0)
+    one.hold("decode", 6, "somebody", 1.0)
+    one.target_seen("decode", 2, OBEYED_S + 2)
+    assert state(one, "decode").hold.count == 2
+    assert "Serve did not do it" in one.report(0.0).decisions[0].reason
+
+
 @pytest.mark.parametrize(("count", "decisions_count"), [(2, 0), (5, 1)])
 def test_the_first_target_after_a_restart_is_no_hold(count: int, decisions_count: int):
     one = autoscaler()
