@@ -4,10 +4,12 @@ Serve starts, checks, restarts, drains and updates the actors, and its dashboard
 token and no tensor ever goes through it.
 """
 
+import hashlib
 import logging
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 OBJECT_STORE_BYTES = 128 << 20
 CONTROL_CALLS_MAX = 1000
+REVISION_TIMEOUT_S = 150.0
+REVISION_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,35 @@ def application(place: Place) -> serve.Application:
 def configured(args: dict[str, str]) -> serve.Application:
     """What a Serve config file builds by `import_path: cluster.pools:configured`, `args: {config: FILE}`.
 
-    Raises InvalidConfig. A `revision` among the arguments has Serve build anew when the file has changed.
+    Raises InvalidConfig. A `revision` among the arguments, the SHA-256 of the file, has Serve build anew when
+    the file has changed; a file that is mounted from elsewhere may change a minute after that is said.
     """
-    config = load_config(Path(args["config"]))
-    return application(make_place(config, tempfile.mkdtemp(prefix="trivium-")))
+    path = Path(args["config"])
+    wait_for_revision(path, args.get("revision"))
+    return application(make_place(load_config(path), tempfile.mkdtemp(prefix="trivium-")))
+
+
+def wait_for_revision(path: Path, revision: str | None, timeout_s: float = REVISION_TIMEOUT_S) -> None:
+    """Return once a file has the SHA-256 that is awaited, if one is; raises InvalidConfig."""
+    end_s = time.monotonic() + timeout_s
+    while revision is not None and digest_of(path) != revision:
+        if time.monotonic() > end_s:
+            raise InvalidConfig(
+                reason="OTHER_REVISION",
+                message="the file is not the one that was announced",
+                field=str(path),
+                limit=f"SHA-256 {revision[:64]}, awaited for {timeout_s:.0f} s",
+                remedy="Mount the file that the revision was made from, or leave the revision out.",
+            )
+        time.sleep(REVISION_POLL_S)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, empty where it cannot be read yet."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float]) -> serve.Deployment:
