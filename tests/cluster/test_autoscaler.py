@@ -106,9 +106,9 @@ def test_after_growth_there_is_a_rest():
 
 def test_while_nodes_start_only_greater_pressure_asks_for_more():
     one = autoscaler()
-    assert one.decide([decode(pages=90)], 0.0)
+    assert one.decide([decode(pages=100)], 0.0)
     starting = {"target_count": 3, "starting_count": 1}
-    assert one.decide([decode(2, pages=105, now_s=11.0, **starting)], 11.0) == []
+    assert one.decide([decode(2, pages=122, now_s=11.0, **starting)], 11.0) == []  # hardly more than before
     [command] = one.decide([decode(2, pages=145, now_s=12.0, **starting)], 12.0)
     assert command.count == 4
 
@@ -366,6 +366,12 @@ def test_a_lender_in_need_starts_one_where_its_node_cannot_be_spared():
         one.decide(both(0.6, 70, now_s, (3, 2), (1, 0)), now_s)
     [command] = one.decide(both(1.0, 70, 12, (3, 2), (1, 0)), 12)
     assert command.kind == "prefill" and command.count == 4
+
+
+def test_who_has_lent_a_node_ends_none():
+    one = autoscaler()
+    for now_s in range(200):  # Serve might end the very node that decode needs
+        assert one.decide(both(0.01, 70, now_s, (4, 2), (1, 0)), now_s) == []
 
 
 @pytest.mark.parametrize("why", ["slower", "held", "at its fewest", "busy"])
