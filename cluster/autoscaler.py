@@ -371,7 +371,12 @@ def autoscaler_config(config: ClusterConfig) -> AutoscalerConfig:
         PoolLimits(GATEWAY, gateways, 1, COUNT_MAX),
         PoolLimits("prefill", config.prefill.count, config.prefill.count_min, config.prefill.count_max),
         PoolLimits("decode", config.decode.count, config.decode.count_min, config.decode.count_max),
-        PoolLimits("experts", experts.shards_count, experts.shards_min, experts.shards_max),
+        PoolLimits(
+            "experts",
+            experts.shards_count,
+            experts.shards_min or experts.shards_count,
+            experts.shards_max or experts.shards_count,
+        ),
     )
     return AutoscalerConfig(
         pools,

@@ -152,8 +152,12 @@ class ExpertsSection(Section):
     """The shards that hold the experts."""
 
     shards_count: NodesCount = Field(2, description="shards over which the experts are spread")
-    shards_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
-    shards_max: NodesCount = Field(8, description="most that the autoscaler starts")
+    shards_min: NodesCount | None = Field(
+        None, description="fewest that the autoscaler leaves; empty: shards_count"
+    )
+    shards_max: NodesCount | None = Field(
+        None, description="most that the autoscaler starts; empty: shards_count"
+    )
     resources: Resources = Field(
         {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
     )

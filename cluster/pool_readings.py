@@ -1,5 +1,6 @@
 """From what members tell and Serve shows to one reading for each pool: sums, and rates over a short while."""
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class PoolReadings:
         self._decode_requests_max = decode_requests_max
         self._work: dict[str, Work] = {}
         self._tokens_per_s: float | None = None
+        self._full_s = -math.inf  # when requests last waited for pages, and not for prefill
         self._first_token = Latencies()
         self._inter_token = Latencies()
         self._slowness: deque[tuple[float, float]] = deque()
@@ -106,8 +108,9 @@ class PoolReadings:
         first_token_s, inter_token_s = latencies_s
         numbers = {}
         if kind == PREFILL:
-            numbers = self._of_prefill(view, ready, reports, gateways)
-            numbers["time_to_first_token_s"] = first_token_s
+            numbers = self._of_prefill(view, ready, reports, gateways, now_s)
+            is_its_own = now_s - self._full_s > LATENCY_WINDOW_S
+            numbers["time_to_first_token_s"] = first_token_s if is_its_own else None
         elif kind == DECODE:
             numbers = self._of_decode(reports, gateways)
             numbers["inter_token_s"] = inter_token_s
@@ -126,13 +129,16 @@ class PoolReadings:
         ready: Sequence[Member],
         reports: Sequence[NodeReport],
         gateways: Sequence[GatewayReport],
+        now_s: float,
     ) -> dict[str, float | int | None]:
-        """Prompts at gateways count where decode has room for them: else it is not prefill they wait for."""
+        """Prompts at gateways count unless it is for decode that they wait."""
         shares = [share for one in ready if (share := self._busy_share(one)) is not None]
         decode = [one.report for one in view.of_kind(DECODE) if isinstance(one.report, NodeReport)]
         available_count = sum(report.pages_free_count + report.pages_cached_count for report in decode)
         is_room = sum(one.pages_waiting_count for one in gateways) <= available_count
-        at_gateways_count = sum(one.prompt_tokens_waiting_count for one in gateways) if is_room else 0
+        is_its_own = is_room or is_held_up_by_prefill(decode)
+        self._full_s = self._full_s if is_its_own else now_s
+        at_gateways_count = sum(one.prompt_tokens_waiting_count for one in gateways) if is_its_own else 0
         return {
             "requests_count": sum(one.requests_running_count + one.requests_waiting_count for one in reports),
             "tokens_waiting_count": at_gateways_count + sum(one.tokens_waiting_count for one in reports),
@@ -143,13 +149,15 @@ class PoolReadings:
     def _of_decode(
         self, reports: Sequence[NodeReport], gateways: Sequence[GatewayReport]
     ) -> dict[str, float | int | None]:
+        """Pages that wait for prefill are no reason for more decode nodes, nor is who waits behind them."""
         on_nodes_count = sum(one.requests_running_count + one.requests_waiting_count for one in reports)
+        is_its_own = not is_held_up_by_prefill(reports)
         return {
             "requests_count": on_nodes_count + sum(one.requests_waiting_count for one in gateways),
             "requests_max_count": len(reports) * self._decode_requests_max,
             "pages_total_count": sum(one.pages_total_count for one in reports),
-            "pages_leased_count": sum(one.pages_leased_count for one in reports),
-            "pages_awaited_count": sum(one.pages_waiting_count for one in gateways),
+            "pages_leased_count": sum(one.pages_leased_count - one.pages_arriving_count for one in reports),
+            "pages_awaited_count": sum(one.pages_waiting_count for one in gateways) if is_its_own else 0,
         }
 
     def _measure(self, view: View, now_s: float) -> None:
@@ -184,6 +192,12 @@ class PoolReadings:
         if not self._slowness or self._slowness[-1][0] - self._slowness[0][0] < UNMENDED_WINDOW_S:
             return None
         return min(value for _, value in self._slowness)
+
+
+def is_held_up_by_prefill(decode: Sequence[NodeReport]) -> bool:
+    """Whether most pages on decode nodes wait for latents: then prefill is behind, and not decode."""
+    arriving_count = sum(report.pages_arriving_count for report in decode)
+    return arriving_count > sum(report.pages_leased_count for report in decode) - arriving_count
 
 
 def counts_of(

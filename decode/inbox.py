@@ -38,6 +38,12 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def pages_count(self) -> int:
+        """Pages leased to requests that are not complete yet."""
+        with self._lock:
+            return sum(len(request.pages) for request in self._waiting.values())
+
     def reserve(self, asked: ReservePages, gateway: Channel) -> PageReservation | ReservationRefused:
         """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one.
 

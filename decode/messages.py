@@ -214,6 +214,8 @@ class NodeReport:
     """Seconds that latents were still on their way after their prompt was computed, all requests together."""
     busy_s: float = 0.0
     """Seconds spent in steps."""
+    pages_arriving_count: int = 0
+    """Of the leased pages, those of requests whose latents are still to come."""
     cached_tokens_count: int = 0
     """Prompt tokens that a prefill node found in its pages, beside `tokens_count` that it computed."""
     latents_bytes: int = 0

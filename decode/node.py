@@ -132,6 +132,7 @@ class DecodeNode:
             pages_free_count=pool.pages_free_count,
             pages_cached_count=pool.pages_cached_count,
             pages_leased_count=pool.pages_leased_count,
+            pages_arriving_count=self.inbox.pages_count,
             tokens_count=self.tokens_count,
             steps_count=self.steps_count,
             experts_epoch=self.experts_epoch(),

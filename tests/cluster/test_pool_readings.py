@@ -139,3 +139,26 @@ def test_a_process_that_serves_as_both_kinds_is_not_lent():
     both = [node("d", "decode", 7), replace(node("p", "prefill", 7), pool="decode"), gateway()]
     read = look(PoolReadings(16), both, 1.0, decode=1)["decode"]
     assert (read.lent_count, read.ready_count, read.starting_count) == (0, 1, 0)
+
+
+def test_pages_that_wait_for_prefill_press_on_prefill_alone():
+    waiting = gateway(prompt_tokens_waiting_count=900, pages_waiting_count=30)
+    for arriving_count, held_count, awaited_count, tokens_count in ((80, 20, 0, 900), (20, 80, 30, 0)):
+        pages = {"pages_total_count": 100, "pages_leased_count": 100, "pages_arriving_count": arriving_count}
+        members = [node("p", "prefill", 1), node("d", "decode", 2, **pages), waiting]
+        read = look(PoolReadings(16), members, 1.0, prefill=1, decode=1)
+        assert read["decode"].pages_leased_count == held_count
+        assert read["decode"].pages_awaited_count == awaited_count
+        assert read["prefill"].tokens_waiting_count == tokens_count
+
+
+def test_first_tokens_that_were_late_for_want_of_pages_do_not_press_prefill():
+    readings, tally = PoolReadings(16), Tally()
+    full = node("d", "decode", 2, pages_total_count=9, pages_leased_count=9)
+    free = node("d", "decode", 2, pages_total_count=9, pages_free_count=9)
+    for now_s, decode in ((0.0, full), (2.0, free), (20.0, free)):
+        for _ in range(20):
+            tally.observe(9.0)
+        late = gateway(time_to_first_token_s=tally.distribution(), pages_waiting_count=3)
+        read = look(readings, [node("p", "prefill", 1), decode, late], now_s, prefill=1, decode=1)
+        assert (read["prefill"].time_to_first_token_s is not None) == (now_s == 20.0)
