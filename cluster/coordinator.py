@@ -60,6 +60,10 @@ class Coordinator:
         """What the coordinator knows."""
         return self._membership.view(time.monotonic())
 
+    async def lend(self, from_kind: str, to_kind: str) -> str | None:
+        """Have a node serve as the other kind; its name, or None where none can be asked."""
+        return self._membership.lend(from_kind, to_kind)
+
     async def pools_page(self) -> str:
         """Where the Pools page is, with the token behind `#`; empty where there is none."""
         return self.operations.page

@@ -24,10 +24,12 @@ from cluster import pools
 from cluster.client import Client
 from cluster.config import ClusterConfig, check_config
 from cluster.errors import InvalidConfig, TriviumError
+from cluster.gateway_report import GatewayReport
 from cluster.membership import READY, View
 from cluster.model_folder import open_checkpoint
 from cluster.place import make_place
 from cluster.show import cluster_table, stream_to_screen
+from cluster.stats_line import stats_line
 from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
 from kernels.transport.connect import listen
@@ -39,6 +41,7 @@ GREETING_TOKENS = 48
 GREETING_TIMEOUT_S = 120.0
 READY_TIMEOUT_S = 600.0
 POLL_S = 0.1
+STATS_EVERY_S = 10.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 console = Console()
@@ -208,12 +211,34 @@ async def greet(address: str, token: str | None) -> None:
         await stream_to_screen(client.generate(request, timeout_s=GREETING_TIMEOUT_S), console)
 
 
-def wait_for_signal() -> None:
-    """Return at Ctrl-C or when asked to end."""
+def tell_until_signal() -> None:
+    """Print a line of what is going on from time to time, until Ctrl-C or asked to end."""
     ended = threading.Event()
     for number in (signal.SIGINT, *SIGNALS):
         signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+    before, before_s = pools.view(), time.monotonic()
+    while not ended.wait(STATS_EVERY_S):
+        view, now_s = pools.view(), time.monotonic()
+        line = stats_line(before, view, now_s - before_s)
+        if is_at_work(before, view):
+            console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {escape(line)}", soft_wrap=True)
+        before, before_s = view, now_s
+
+
+def is_at_work(before: View, now: View) -> bool:
+    """Whether requests came, ran or ended between two looks, or actors came or went."""
+    return activity(before) != activity(now) or any(running for _, _, running in activity(now))
+
+
+def activity(view: View) -> list[tuple[str, int, int]]:
+    """Of each member its name, and for gateways what they have admitted and what runs."""
+    reports = [(member.name, member.report) for member in view.members]
+    return [
+        (name, report.admitted_count, report.requests_running_count + report.requests_waiting_count)
+        if isinstance(report, GatewayReport)
+        else (name, 0, 0)
+        for name, report in reports
+    ]
 
 
 def main(config_json: str, greeting: bool = False, once: bool = False) -> None:
@@ -251,7 +276,7 @@ def serve(cluster: Cluster, greeting: bool, once: bool) -> None:
         asyncio.run(greet(address, read_token(cluster.config.gateway.token_file, "gateway.token_file")))
     if not once:
         console.print("Ctrl-C ends it.")
-        wait_for_signal()
+        tell_until_signal()
 
 
 if __name__ == "__main__":

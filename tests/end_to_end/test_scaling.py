@@ -53,6 +53,9 @@ class Watch:
             self.seen.append(self._stage.targets())
             self.ready_counts = {kind: ready_count(kind) for kind in ("prefill", "decode")}
 
+    def sees_two(self, kind: str) -> bool:
+        return self.ready_counts.get(kind) == 2
+
     def most(self, pool: str) -> int:
         return max((counts[pool] for counts in self.seen), default=0)
 
@@ -87,7 +90,7 @@ def test_a_burst_makes_pools_grow_separately_and_come_down_again(stage):
         SMALL,
         autoscaler={**QUICK, **LATENCIES},
         prefill={"count_max": 2, "latents_bytes": "64MiB"},
-        decode={"count_max": 2, "latents_bytes": "128MiB"},
+        decode={"count_max": 2, "latents_bytes": "64MiB"},
     )
     random_ = random.Random(5)
 
@@ -95,17 +98,15 @@ def test_a_burst_makes_pools_grow_separately_and_come_down_again(stage):
         return RequestedGeneration(token_ids=prompt(random_, 600), sampling=greedy(2))
 
     def long_answer() -> RequestedGeneration:
-        return RequestedGeneration(token_ids=prompt(random_, 40), sampling=greedy(1000))
+        return RequestedGeneration(token_ids=prompt(random_, 40), sampling=greedy(500))
 
     assert stage.targets()["prefill"] == stage.targets()["decode"] == 1
     with Watch(stage) as watch:
-        prompts = asyncio.run(
-            burst(address, long_prompt, 0.06, lambda: watch.ready_counts.get("prefill") == 2)
-        )
+        prompts = asyncio.run(burst(address, long_prompt, 0.06, lambda: watch.sees_two("prefill")))
     assert watch.most("prefill") == 2, "prompts waited, so there were more to read them"
     assert watch.most("experts") == 2
     with Watch(stage) as watch:
-        answers = asyncio.run(burst(address, long_answer, 0.3, lambda: watch.ready_counts.get("decode") == 2))
+        answers = asyncio.run(burst(address, long_answer, 0.15, lambda: watch.sees_two("decode")))
     assert watch.most("decode") == 2, "pages were taken, so there were more to write"
 
     def is_small() -> bool:
