@@ -305,14 +305,15 @@ class PrefillNode:
         found = samples.logprobs[row]
         logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
         chunk = TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
+        queued_s = request.begun_s - request.arrived_s
+        prefill_s = request.computed_s - request.begun_s
+        # the client first: the outbox's thread would take its turn now, and decode's token come before this one
+        self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
         if reason is None:
             with self._lock:
                 self._in_transfer[request.key] = request
             self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
         self._note(request)
-        queued_s = request.begun_s - request.arrived_s
-        prefill_s = request.computed_s - request.begun_s
-        self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
 
     def _note(self, request: PrefillRequest) -> None:
         """Put a prompt's times into its trace."""
