@@ -11,7 +11,7 @@ import aiohttp
 
 from cluster.errors import NodeUnavailable, TriviumError
 
-ANSWER_S = 10.0
+ANSWER_S = 8.0  # sooner than a gateway gives the coordinator up, so that people hear what is wrong
 STARTING, RUNNING, STOPPING = "starting", "running", "stopping"
 STATES = {
     "STARTING": STARTING,
@@ -70,7 +70,7 @@ class RayDashboard:
         try:
             deployments = body["applications"][self._application]["deployments"]
             return {name: read_target(deployment) for name, deployment in deployments.items()}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unanswered("it tells nothing of the pools") from error
 
     async def scale(self, pool: str, count: int) -> None:
