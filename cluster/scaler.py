@@ -28,7 +28,7 @@ class Scaler:
         self._shards_max = shards_max
         self._readings = PoolReadings(config.decode.requests_max)
         self._dashboard: RayDashboard | None = None
-        self._starts: dict[str, tuple[int, float]] = {}  # by pool: nodes that are to be ready, asked when
+        self._starts: dict[str, tuple[int, int, float]] = {}  # by pool: count asked, nodes then ready, when
         self._changes: dict[str, tuple[str, float]] = {}  # by node: the kind that it is to be, asked when
         self._read: dict[str, PoolReading] = {}
         self._problem = ""
@@ -97,7 +97,7 @@ class Scaler:
                 reading = self._read[kind]
                 if count > reading.target_count:
                     more_count = count - reading.target_count
-                    self._starts[kind] = (reading.ready_count + more_count, now_s)
+                    self._starts[kind] = (count, reading.ready_count + more_count, now_s)
                 await self._server().scale(kind, count)
             case ChangeRole(from_kind, to_kind, reason):
                 name = self._membership.lend(from_kind, to_kind)
@@ -109,8 +109,10 @@ class Scaler:
         """Tell the autoscaler how long starts and changes of role have taken."""
         self._read = {reading.kind: reading for reading in readings}
         for reading in readings:
-            wanted_count, since_s = self._starts.get(reading.kind, (0, 0.0))
-            if wanted_count and reading.ready_count >= wanted_count:
+            asked_count, ready_count, since_s = self._starts.get(reading.kind, (0, 0, 0.0))
+            if asked_count and reading.target_count != asked_count:
+                del self._starts[reading.kind]  # called off, or overtaken: what comes later began later
+            elif asked_count and reading.ready_count >= ready_count:
                 del self._starts[reading.kind]
                 self.autoscaler.timed(start_s=now_s - since_s)
         names = {member.name for member in view.members}
