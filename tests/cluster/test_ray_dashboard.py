@@ -15,7 +15,10 @@ from tests.cluster.ray_server import APPLICATION, ray_server
 
 def test_targets_are_counted_by_state():
     async def ask() -> None:
-        async with ray_server(decode=4, prefill=1) as (ray, access), RayDashboard(access, APPLICATION) as ours:
+        async with (
+            ray_server(decode=4, prefill=1) as (ray, access),
+            RayDashboard(access, APPLICATION) as ours,
+        ):
             ray.states["decode"] = ["RUNNING", "PENDING_MIGRATION", "STARTING", "STOPPING", "UPDATING"]
             assert await ours.targets() == {
                 "decode": PoolTarget(4, starting_count=2, running_count=2, stopping_count=1),
@@ -103,7 +106,8 @@ def test_what_tells_nothing_of_pools_is_no_answer(text: str):
             ray.instead = told(text)
             with pytest.raises(NodeUnavailable) as caught:
                 await ours.targets()
-            assert caught.value.reason == "RAY_DASHBOARD_SILENT" and "dashboard.enabled" in caught.value.remedy
+            assert caught.value.reason == "RAY_DASHBOARD_SILENT"
+            assert "dashboard.enabled" in caught.value.remedy
             ray.instead = None
             assert (await ours.targets())["decode"].target_count == 1
 
