@@ -26,7 +26,7 @@ def requests(salt: str, count: int = STREAMS_COUNT) -> list[RequestedGeneration]
     asked = []
     for index in range(count):
         sampling = RequestedSampling(
-            temperature=0.9 * (index % 2), seed=index, tokens_max=60 + index, ignore_eos=True
+            temperature=0.9 * (index % 2), seed=index, tokens_max=30 + index, ignore_eos=True
         )
         prompt = random_prompt(f"{salt} {index}", 5 + 7 * index)
         asked.append(RequestedGeneration(token_ids=tuple(prompt), sampling=sampling))
@@ -108,7 +108,7 @@ def test_ten_moves_and_a_shard_more_and_less(stage, checkpoint):
         for _ in range(MOVES_COUNT):
             await moved(client, chance)
         for count in (3, 2):
-            stage.scale("experts", count)
+            await asyncio.to_thread(stage.scale, "experts", count)
             assert await asyncio.to_thread(
                 wait_until, lambda count=count: shards_in_force() == count, MOVED_S
             )
