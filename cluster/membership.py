@@ -166,14 +166,16 @@ class Membership:
     def lend(self, from_kind: str, to_kind: str) -> str | None:
         """Ask one node of a kind to serve as the other: one that is lent goes home first, then the idlest.
 
-        Returns its name, or None where nobody of that kind can be asked.
+        Returns its name, or None where nobody can be asked; a process that serves as both kinds is not.
         """
+        there = {(other.host, other.pid) for other in self._members.values() if other.kind == to_kind}
         nodes = [
             member
             for member in self._members.values()
             if member.kind == from_kind
             and member.state == READY
             and member.name not in self._roles
+            and (member.host, member.pid) not in there
             and isinstance(member.report, NodeReport)
         ]
         nodes.sort(key=lambda node: (node.pool != to_kind, requests_count(node), node.name))
