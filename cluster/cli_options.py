@@ -41,7 +41,12 @@ Logprobs = Annotated[
     int | None, typer.Option("--logprobs", help="report so many likely tokens each time (--json)")
 ]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on past the end of text")]
-Address = Annotated[str, typer.Option("--address", help="host:port of a gateway", envvar="TRIVIUM_ADDRESS")]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", help="host:port of a gateway; grpcs://host:port by TLS", envvar="TRIVIUM_ADDRESS"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document instead of text")]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="file with the bearer token")]
 Timeout = Annotated[float | None, typer.Option("--timeout-s", help="give up after so many seconds")]

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from cluster import gateway_messages as wire
 from cluster.errors import InvalidRequest, NodeUnavailable, TriviumError
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
+from cluster.tls import open_channel
 from cluster.validation import RequestedGeneration
 
 FINISH_REASONS = {
@@ -57,13 +58,14 @@ class Client:
     """One channel, and one connection, to the gateways at an address."""
 
     def __init__(self, address: str, token: str | None = None):
+        """`address` is host:port, or grpcs://host:port for TLS; raises InvalidConfig."""
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", -1),
             ("grpc.use_local_subchannel_pool", 1),  # else the clients of one process share a connection
         ]
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = open_channel(address, options)
         self._stub = trivium_pb2_grpc.InferenceStub(self._channel)
         self._experts = trivium_pb2_grpc.ExpertsStub(self._channel)
         self._operations = trivium_pb2_grpc.OperationsStub(self._channel)

@@ -3,7 +3,6 @@
 Only `model.folder` has no default. Relative paths are relative to the file that names them.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.config_errors import explained
 from cluster.errors import InvalidConfig
 
 FILE_BYTES_MAX = 64 * 2**10
@@ -100,8 +100,12 @@ class GatewaySection(Section):
     token_file: ResolvedPath | None = Field(
         None, description="file with the bearer token that clients must send; empty: none is asked for"
     )
+    tls_certificate_file: ResolvedPath | None = Field(
+        None, description="PEM chain of the gateways' certificate; with tls_key_file clients must speak TLS"
+    )
+    tls_key_file: ResolvedPath | None = Field(None, description="PEM key of that certificate")
     metrics_port: int | None = Field(
-        None, ge=0, le=PORT_MAX, description="HTTP port of each gateway's own /metrics; empty: none"
+        None, ge=0, le=PORT_MAX, description="HTTP port of each gateway's /metrics and /healthz; empty: none"
     )
     resources: Resources = Field(
         {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
@@ -258,6 +262,12 @@ class ClusterConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tls_is_whole(self) -> "ClusterConfig":
+        if (self.gateway.tls_certificate_file is None) != (self.gateway.tls_key_file is None):
+            raise ValueError("gateway.tls_certificate_file and gateway.tls_key_file go together")
+        return self
+
+    @model_validator(mode="after")
     def _somebody_reads_prompts(self) -> "ClusterConfig":
         if self.prefill.count == 0 and not self.decode.reads_prompts:
             raise ValueError("prefill.count may be 0 only with decode.reads_prompts")
@@ -299,7 +309,7 @@ def check_config(values: Any, source: str, folder: Path) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate(values, context={"folder": folder})
     except ValidationError as error:
-        raise _explained(error, source) from None
+        raise explained(error, source, ClusterConfig) from None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -345,53 +355,3 @@ def _refuse_twins(root: yaml.Node | None, path: Path) -> None:
 
 def _unreadable(path: Path, why: str, limit: str, remedy: str) -> InvalidConfig:
     return InvalidConfig("UNREADABLE_CONFIG", why, field=str(path), limit=limit, remedy=remedy)
-
-
-def _explained(error: ValidationError, source: str) -> InvalidConfig:
-    """Tell the first problem; an unknown key goes first, since it is likely why another is missing."""
-    problems = error.errors(include_url=False)
-    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(str(part) for part in problem["loc"]) or "the file"
-    field = f"{source}: {key}"
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(field, problem["loc"])
-    if problem["type"] == "missing":
-        return InvalidConfig(
-            "MISSING_KEY",
-            "this key is missing",
-            field,
-            limit="it has no default",
-            remedy=f"Add {key} to the file.",
-        )
-    limit = "a section of keys" if problem["type"] == "model_type" else problem["msg"]
-    return InvalidConfig(
-        "INVALID_VALUE",
-        f"{_shortened(problem['input'])} does not fit",
-        field,
-        limit=limit.removeprefix("Value error, ").replace("Input should be", "it should be"),
-        remedy="Change the value, or leave the key out to take its default.",
-    )
-
-
-def _unknown_key(field: str, location: tuple[int | str, ...]) -> InvalidConfig:
-    known = _known_keys(location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return InvalidConfig(
-        "UNKNOWN_KEY",
-        "there is no such key",
-        field,
-        limit=f"one of {', '.join(known)}",
-        remedy=f"Did you mean {close[0]}?" if close else "Take it out.",
-    )
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = ClusterConfig
-    for part in location:
-        section = section.model_fields[str(part)].annotation
-    return list(section.model_fields)
-
-
-def _shortened(value: Any) -> str:
-    """Show a value in an error; what is nested only by its type, since it may be huge."""
-    return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else type(value).__name__

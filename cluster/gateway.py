@@ -24,6 +24,7 @@ from cluster.metrics import exposition, gateway_families
 from cluster.place import Place, context_tokens_max
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.request_trace import RequestTraces
+from cluster.tls import SCHEME, server_credentials
 from cluster.token_file import read_token
 from cluster.tokenizer import Tokenizer
 from cluster.tracing import start_tracing, stop_tracing
@@ -83,8 +84,9 @@ class GatewayActor:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         names = (SERVICE, *OPERATORS_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
-        self.port = bind(self.server, section.host, section.port)
-        self.address = f"{section.host}:{self.port}"
+        credentials = server_credentials(section)
+        self.port = bind(self.server, section.host, section.port, credentials)
+        self.address = f"{SCHEME if credentials else ''}{section.host}:{self.port}"
         await self._set_health(False)
         await self.server.start()
         self.desk.start()
@@ -135,7 +137,7 @@ class GatewayActor:
         """Serve this gateway's own metrics, if it has a port for them."""
         if port is None:
             return None
-        application = metrics_application(self._metrics)
+        application = metrics_application(self._metrics, lambda: self.desk.can_serve)
         return await HttpServer.started(application, host, port, "gateway.metrics_port")
 
     async def _metrics(self, accept: str) -> tuple[bytes, str]:
@@ -196,9 +198,13 @@ def make_server(message_bytes_max: int, tokens: Tokens) -> grpc.aio.Server:
     )
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """The port that the server listens on; raises InvalidConfig if it is taken."""
+def bind(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+) -> int:
+    """The port that the server listens on, by TLS with credentials; raises InvalidConfig if it is taken."""
     try:
+        if credentials is not None:
+            return server.add_secure_port(f"{host}:{port}", credentials)
         return server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
         raise InvalidConfig(

@@ -41,13 +41,17 @@ class HttpServer:
         await self._runner.cleanup()
 
 
-def metrics_application(metrics: Metrics) -> web.Application:
-    """Metrics alone."""
+def metrics_application(metrics: Metrics, is_serving: Callable[[], bool]) -> web.Application:
+    """Metrics, and for probes that speak no gRPC whether a request would be served: 200 or 503."""
 
     async def answer(request: web.Request) -> web.Response:
         text, content_type = await metrics(request.headers.get("Accept", ""))
         return web.Response(body=text, headers={"Content-Type": content_type})
 
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n") if is_serving() else web.Response(text="not serving\n", status=503)
+
     application = web.Application()
     application.router.add_get("/metrics", answer)
+    application.router.add_get("/healthz", health)
     return application

@@ -30,6 +30,7 @@ from cluster.model_folder import open_checkpoint
 from cluster.place import make_place
 from cluster.show import cluster_table, stream_to_screen
 from cluster.stats_line import stats_line
+from cluster.tls import server_credentials
 from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
 from kernels.transport.connect import listen
@@ -130,6 +131,7 @@ def check_model(config: ClusterConfig) -> None:
 def check_surroundings(config: ClusterConfig) -> None:
     """See that ports are free and the token can be read, before anything is started; raises InvalidConfig."""
     read_token(config.gateway.token_file, "gateway.token_file")
+    server_credentials(config.gateway)
     read_token(config.transport.secret_file, "transport.secret_file")
     read_token(config.operations.token_file, "operations.token_file")
     if pools.joins_existing():

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 FLOORS = ("cluster", "prefill", "decode", "experts", "kernels")
 
-GRPC_DOOR = ("cluster/gateway*.py", "cluster/client.py", "cluster/proto/*")
+GRPC_DOOR = ("cluster/gateway*.py", "cluster/client.py", "cluster/tls.py", "cluster/proto/*")
 METRICS_DOOR = ("cluster/metrics.py",)
 NOWHERE = ()
 DOORS = {
@@ -20,7 +20,6 @@ DOORS = {
     "grpc_tools": ("cluster/proto/*",),
     "google": GRPC_DOOR,  # protobuf and google.rpc
     "prometheus_client": METRICS_DOOR,
-    "opentelemetry": METRICS_DOOR,
     "tokenizers": ("cluster/tokenizer.py",),
     "jinja2": ("cluster/tokenizer.py",),
     "yaml": ("cluster/config.py",),

@@ -1,0 +1,56 @@
+"""TLS between clients and gateways: the gateways' certificate, and whom clients trust."""
+
+import os
+from pathlib import Path
+
+import grpc
+
+from cluster.config import GatewaySection
+from cluster.errors import InvalidConfig
+
+SCHEME = "grpcs://"
+TRUSTED_FILE = "TRIVIUM_TLS_CA"
+"""Environment variable: a PEM file of the authorities that a client trusts, instead of the system's."""
+PEM_BYTES_MAX = 1 << 20
+
+
+def server_credentials(section: GatewaySection) -> grpc.ServerCredentials | None:
+    """What gateways show, or None where they speak no TLS; raises InvalidConfig."""
+    if section.tls_certificate_file is None or section.tls_key_file is None:
+        return None
+    chain = read_pem(section.tls_certificate_file, "gateway.tls_certificate_file", b"CERTIFICATE")
+    key = read_pem(section.tls_key_file, "gateway.tls_key_file", b"PRIVATE KEY")
+    return grpc.ssl_server_credentials([(key, chain)])
+
+
+def open_channel(address: str, options: list[tuple[str, object]]) -> grpc.aio.Channel:
+    """A channel to host:port, or by TLS to grpcs://host:port; raises InvalidConfig."""
+    if not address.startswith(SCHEME):
+        return grpc.aio.insecure_channel(address, options=options)
+    trusted = os.environ.get(TRUSTED_FILE)
+    roots = read_pem(Path(trusted), TRUSTED_FILE, b"CERTIFICATE") if trusted else None
+    credentials = grpc.ssl_channel_credentials(root_certificates=roots)
+    return grpc.aio.secure_channel(address.removeprefix(SCHEME), credentials, options=options)
+
+
+def read_pem(path: Path, field: str, kind: bytes) -> bytes:
+    """A PEM file that holds something of a kind; `field` names the setting; raises InvalidConfig."""
+    try:
+        with path.open("rb") as file:
+            pem = file.read(PEM_BYTES_MAX)
+    except OSError as error:
+        raise unusable(f"{path} cannot be read: {error.strerror or error}", field, kind) from None
+    if b"-----BEGIN " not in pem or kind + b"-----" not in pem:
+        raise unusable(f"{path} holds no {kind.decode().lower()}", field, kind)
+    return pem
+
+
+def unusable(message: str, field: str, kind: bytes) -> InvalidConfig:
+    """The error about a file of TLS."""
+    return InvalidConfig(
+        reason="NO_PEM_FILE",
+        message=message,
+        field=field,
+        limit=f"PEM with {kind.decode()}",
+        remedy="Name a file in PEM that holds it.",
+    )

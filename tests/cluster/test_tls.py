@@ -1,0 +1,70 @@
+"""TLS at the gateway's door, with a certificate made for the test."""
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cluster.client import Client
+from cluster.config import GatewaySection, check_config
+from cluster.errors import InvalidConfig, NodeUnavailable
+from cluster.gateway import Tokens, bind, make_server
+from cluster.gateway_operations import OperationsService
+from cluster.proto import trivium_pb2_grpc
+from cluster.router import Router
+from cluster.tls import TRUSTED_FILE, server_credentials
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that has signed itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    asked = ("-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=gateway")
+    named = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate))
+    subprocess.run(["openssl", "req", *asked, *named], check=True, capture_output=True)
+    return certificate, key
+
+
+def section(certificate: tuple[Path, Path]) -> GatewaySection:
+    return GatewaySection(tls_certificate_file=certificate[0], tls_key_file=certificate[1])
+
+
+async def requests_at(certificate: tuple[Path, Path], scheme: str) -> int:
+    """How many requests a gateway behind TLS tells a client of."""
+    server = make_server(1 << 20, Tokens())
+    trivium_pb2_grpc.add_OperationsServicer_to_server(OperationsService(None, Router(10.0)), server)
+    port = bind(server, "127.0.0.1", 0, server_credentials(section(certificate)))
+    await server.start()
+    try:
+        async with Client(f"{scheme}127.0.0.1:{port}") as client:
+            return (await client.get_requests(timeout_s=5.0)).requests_count
+    finally:
+        await server.stop(0)
+
+
+def test_a_client_that_trusts_the_authority_is_served(certificate, monkeypatch):
+    monkeypatch.setenv(TRUSTED_FILE, str(certificate[0]))
+    assert asyncio.run(requests_at(certificate, "grpcs://")) == 0
+
+
+@pytest.mark.parametrize("scheme", ["grpcs://", ""])
+def test_one_that_does_not_or_speaks_no_tls_is_not(certificate, monkeypatch, scheme):
+    monkeypatch.delenv(TRUSTED_FILE, raising=False)
+    with pytest.raises(NodeUnavailable):
+        asyncio.run(requests_at(certificate, scheme))
+
+
+def test_files_that_are_none_are_told(certificate, tmp_path):
+    nothing = tmp_path / "nothing.pem"
+    with pytest.raises(InvalidConfig, match="gateway.tls_certificate_file"):
+        server_credentials(section((nothing, certificate[1])))
+    with pytest.raises(InvalidConfig, match="private key"):
+        server_credentials(section((certificate[0], certificate[0])))
+
+
+def test_certificate_and_key_go_together(tmp_path):
+    values = {"model": {"folder": "x"}, "gateway": {"tls_key_file": "key.pem"}}
+    with pytest.raises(InvalidConfig, match="go together"):
+        check_config(values, "test", tmp_path)
