@@ -11,6 +11,10 @@
     "coordinator_resources" (dict "trivium_coordinator" 1))
   "dashboard" (dict "enabled" false)
 -}}
+{{- if .Values.secrets.gatewayTls -}}
+  {{- $tls := dict "tls_certificate_file" "/etc/trivium-tls/tls.crt" "tls_key_file" "/etc/trivium-tls/tls.key" -}}
+  {{- $_ := mergeOverwrite $filled.gateway $tls -}}
+{{- end -}}
 {{- range $name, $pool := .Values.pools -}}
   {{- $resources := dict (printf "trivium_%s" $name) 1 -}}
   {{- if $pool.gpu.perActor }}{{ $_ := set $resources "GPU" $pool.gpu.perActor }}{{ end -}}

@@ -92,7 +92,7 @@ spec:
         initialDelaySeconds: 10
         periodSeconds: 5
         timeoutSeconds: 5
-        failureThreshold: {{ ternary 2 10 (hasKey .readiness "grpc") }}
+        failureThreshold: {{ ternary 2 10 (eq .name "gateway") }}
       livenessProbe:
         httpGet: {path: /api/healthz, port: 52365}
         initialDelaySeconds: 60
@@ -111,6 +111,9 @@ spec:
         - {name: home, mountPath: /home/trivium}
         - {name: machine-code, mountPath: /var/cache/trivium}
         - {name: shared-mem, mountPath: /dev/shm}
+        {{- if and (eq .name "gateway") $values.secrets.gatewayTls }}
+        - {name: tls, mountPath: /etc/trivium-tls, readOnly: true}
+        {{- end }}
         {{- with .group.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -131,6 +134,13 @@ spec:
           - secret:
               name: {{ include "trivium.secret.operationsToken" $root }}
               items: [{key: token, path: secrets/operations-token}]
+    {{- if and (eq .name "gateway") $values.secrets.gatewayTls }}
+    - name: tls
+      secret:
+        secretName: {{ $values.secrets.gatewayTls }}
+        defaultMode: 0440
+        items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
+    {{- end }}
     - name: models
       {{- if eq (empty $values.model.persistentVolumeClaim) (empty $values.model.hostPath) }}
       {{- fail "model: set exactly one of persistentVolumeClaim and hostPath" }}

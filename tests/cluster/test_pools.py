@@ -43,7 +43,9 @@ def test_an_application_has_a_deployment_for_each_pool(tmp_path):
     path.write_text(TEXT + "prefill: {resources: {trivium_prefill: 1, GPU: 1}}\n")
     built = pools.configured({"config": str(path), "revision": digest(path.read_text())})
     assert built._bound_deployment.name == "gateway"
-    nodes = {one._bound_deployment.name: one._bound_deployment for one in built._bound_deployment.init_args[2:]}
+    nodes = {
+        one._bound_deployment.name: one._bound_deployment for one in built._bound_deployment.init_args[2:]
+    }
     assert set(nodes) == {"prefill", "decode", "experts"}
     assert nodes["prefill"].ray_actor_options["num_gpus"] == 1
     assert nodes["prefill"].ray_actor_options["resources"] == {"trivium_prefill": 1}

@@ -58,7 +58,7 @@ def test_one_that_does_not_or_speaks_no_tls_is_not(certificate, monkeypatch, sch
 
 def test_files_that_are_none_are_told(certificate, tmp_path):
     nothing = tmp_path / "nothing.pem"
-    with pytest.raises(InvalidConfig, match="gateway.tls_certificate_file"):
+    with pytest.raises(InvalidConfig, match=r"gateway\.tls_certificate_file"):
         server_credentials(section((nothing, certificate[1])))
     with pytest.raises(InvalidConfig, match="private key"):
         server_credentials(section((certificate[0], certificate[0])))

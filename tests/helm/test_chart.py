@@ -29,7 +29,7 @@ KUBERNETES = "1.31"
 FOREIGN_KINDS = {"RayService", "PodMonitor", "ServiceMonitor", "PrometheusRule"}
 FILLED = {
     "model": {"folder"},
-    "gateway": {"host", "token_file", "resources"},
+    "gateway": {"host", "token_file", "tls_certificate_file", "tls_key_file", "resources"},
     "prefill": {"resources"},
     "decode": {"resources"},
     "experts": {"resources"},
@@ -266,3 +266,29 @@ def test_versions_agree():
     assert values["image"]["tag"].startswith(chart["appVersion"])
     minor = ".".join(values["ray"]["version"].split(".")[:2])
     assert f"ray[default,serve]>={minor}," in project
+
+
+def test_gateways_speak_tls_where_a_secret_is_named(releases, tmp_path):
+    manifests = releases["deepseek-v3-18-nodes"]
+    gateway = checked_config(manifests, tmp_path).gateway
+    assert (gateway.tls_certificate_file.name, gateway.tls_key_file.name) == ("tls.crt", "tls.key")
+    templates = ray_templates(manifests)
+    mounts = {
+        name: {mount["mountPath"] for mount in template["spec"]["containers"][0]["volumeMounts"]}
+        for name, template in templates.items()
+    }
+    folder = str(gateway.tls_key_file.parent)
+    assert [name for name, paths in mounts.items() if folder in paths] == ["gateway"], "only they have the key"
+    probe = templates["gateway"]["spec"]["containers"][0]["readinessProbe"]
+    assert probe["httpGet"] == {"path": "/healthz", "port": gateway.metrics_port}
+    [test] = [one for one in of_kind(manifests, "Pod") if one["metadata"]["name"].endswith("-test")]
+    for container in test["spec"]["containers"]:
+        assert any(word.startswith("grpcs://") for word in container["command"])
+        assert {"name": "TRIVIUM_TLS_CA", "value": "/etc/trivium-tls/ca.crt"} in container["env"]
+
+
+def test_gateways_speak_none_where_none_is_named(releases, tmp_path):
+    gateway = checked_config(releases["defaults"], tmp_path).gateway
+    assert gateway.tls_certificate_file is None
+    probe = ray_templates(releases["defaults"])["gateway"]["spec"]["containers"][0]["readinessProbe"]
+    assert probe["grpc"] == {"port": gateway.port}
