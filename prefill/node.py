@@ -307,7 +307,7 @@ class PrefillNode:
         chunk = TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
         queued_s = request.begun_s - request.arrived_s
         prefill_s = request.computed_s - request.begun_s
-        # the client first: the outbox's thread would take its turn now, and decode's token come before this one
+        # the client first: else the outbox's thread has its turn now, and decode's token overtakes this one
         self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
         if reason is None:
             with self._lock:

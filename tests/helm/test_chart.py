@@ -147,7 +147,9 @@ def test_ports_of_the_configuration_are_those_of_pods_and_services(releases, exa
     assert ports["gateway"]["gateway-metrics"] == config.gateway.metrics_port
     assert ports["head"]["operations"] == config.operations.port
     gateway = templates["gateway"]["spec"]["containers"][0]
-    assert gateway["readinessProbe"]["grpc"]["port"] == config.gateway.port
+    probe = gateway["readinessProbe"]
+    probed = probe["grpc"]["port"] if "grpc" in probe else probe["httpGet"]["port"]
+    assert probed in (config.gateway.port, config.gateway.metrics_port)
     services = {one["metadata"]["name"]: one["spec"] for one in of_kind(releases[example], "Service")}
     assert services["demo-trivium-gateway"]["ports"][0]["port"] == config.gateway.port
     assert services["demo-trivium-operations"]["ports"][0]["port"] == config.operations.port
