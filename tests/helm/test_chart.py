@@ -280,7 +280,9 @@ def test_gateways_speak_tls_where_a_secret_is_named(releases, tmp_path):
         for name, template in templates.items()
     }
     folder = str(gateway.tls_key_file.parent)
-    assert [name for name, paths in mounts.items() if folder in paths] == ["gateway"], "only they have the key"
+    assert [name for name, paths in mounts.items() if folder in paths] == ["gateway"], (
+        "only they have the key"
+    )
     probe = templates["gateway"]["spec"]["containers"][0]["readinessProbe"]
     assert probe["httpGet"] == {"path": "/healthz", "port": gateway.metrics_port}
     [test] = [one for one in of_kind(manifests, "Pod") if one["metadata"]["name"].endswith("-test")]
