@@ -99,9 +99,9 @@ def requests_table(answer: trivium_pb2.GetRequestsResponse) -> Table:
 
 def pages_table(cluster: trivium_pb2.GetClusterResponse) -> Table:
     """Each node's pages as a bar, with what it does."""
-    table = Table(title="nodes")
+    table = Table(title="nodes", padding=(0, 1, 0, 0))  # so that 80 columns are enough
     for column in ("node", "state", "runs", "waits", "leased", "cached", "pages", "tokens/s"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column != "node")
     for node in cluster.nodes:
         total_count = node.pages_total_count
         table.add_row(
