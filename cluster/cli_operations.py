@@ -69,6 +69,14 @@ def parse_count(text: str) -> tuple[str, int]:
     return kind, int(count[:9])
 
 
+def user_name() -> str:
+    """Who asks, as far as this host knows; in a container a user may have no name."""
+    try:
+        return getpass.getuser()[:40]
+    except (KeyError, OSError):
+        return "somebody"
+
+
 async def scale_pools(
     counts: list[tuple[str, int]],
     hold: list[str],
@@ -78,7 +86,7 @@ async def scale_pools(
     json_output: bool,
 ) -> None:
     """Ask for all that was named, in order, and show the pools."""
-    by = f"trivium scale, {getpass.getuser()[:40]}"
+    by = f"trivium scale, {user_name()}"
     async with Client(address, token) as client:
         for kind in release:
             await client.release_pool(kind)
