@@ -35,7 +35,7 @@ class Tracing:
         """Export what is left, and no more."""
         self._running.cancel()
         await asyncio.wait([self._running])
-        await asyncio.to_thread(self.export)
+        await self._export_once()
         await asyncio.to_thread(self._exporter.shutdown)
 
     def export(self) -> None:
@@ -47,10 +47,13 @@ class Tracing:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(EXPORT_EVERY_S)
-            try:
-                await asyncio.to_thread(self.export)
-            except Exception:
-                logger.exception("spans could not be exported; later ones are")
+            await self._export_once()
+
+    async def _export_once(self) -> None:
+        try:
+            await asyncio.to_thread(self.export)
+        except Exception:
+            logger.exception("spans could not be exported; later ones are")
 
 
 def start_tracing(endpoint: str, pool: str, name: str, log: SpanLog) -> Tracing | None:
