@@ -1,0 +1,324 @@
+"""Posts and the actors that hold them, without Ray: from loading to serving, to another role, to the end."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import actors
+from cluster import post as post_module
+from cluster.actors import DecodeActor, NodeActor, PrefillActor
+from cluster.config import check_config
+from cluster.heartbeat import Heartbeat
+from cluster.membership import DRAINING, READY, STARTING, Member, View
+from cluster.place import Place
+from cluster.post import Post
+from decode.messages import DOWN, CancelRequest, ReservePages, SamplingParameters
+from decode.node import DecodeNode
+from experts.messages import Placement
+from kernels.model.checkpoint import Checkpoint
+from kernels.model.moe import NoExperts
+from kernels.model.transformer import Transformer
+from kernels.transport.connect import connect
+from prefill.node import PrefillNode
+from tests.cluster.served import FOLDER, SECRET, until
+
+PLACED = Placement(1, 1, (), ())
+
+
+class Method:
+    """A method of an actor, called as Ray calls it."""
+
+    def __init__(self, answer: Callable):
+        self.remote = answer
+
+
+class Coordinator:
+    """Remembers what members say, and tells them roles."""
+
+    def __init__(self) -> None:
+        self.heard: list[Member] = []
+        self.left: list[str] = []
+        self.roles: dict[str, str] = {}
+        self.placement: Placement | None = None
+        self.heartbeat = Method(self._hear)
+        self.leave = Method(self._leave)
+
+    async def _hear(self, member: Member) -> View:
+        self.heard.append(member)
+        return View((member,), self.placement, self.placement, 0, dict(self.roles))
+
+    async def _leave(self, name: str) -> None:
+        self.left.append(name)
+
+    def states(self, name: str) -> list[str]:
+        """A member's states in order, each once."""
+        return list(dict.fromkeys(member.state for member in self.heard if member.name == name))
+
+    def last(self, name: str) -> Member:
+        """As a member described itself last."""
+        return next(member for member in reversed(self.heard) if member.name == name)
+
+
+class Prefill(PrefillActor):
+    """Ended by hand, as Serve does, and not again with the garbage."""
+
+    drain = NodeActor.__del__
+
+    def __del__(self) -> None:
+        """Nothing: see `drain`."""
+
+
+class Decode(DecodeActor):
+    """As above."""
+
+    drain = NodeActor.__del__
+
+    def __del__(self) -> None:
+        """Nothing: see `drain`."""
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch) -> Iterator[None]:
+    """No waiting for others to notice, no change of this process's logs; garbage is found again."""
+    monkeypatch.setattr(post_module, "NOTICED_S", 0.0)
+    monkeypatch.setattr(post_module, "DRAIN_POLL_S", 0.01)
+    monkeypatch.setattr(actors, "begin_logs", lambda *_: None)
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Transformer:
+    """The attention half of the example."""
+    return Transformer.from_checkpoint(Checkpoint(FOLDER), torch.float32, NoExperts())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """A cluster of this host alone."""
+    return place_of(tmp_path)
+
+
+def place_of(tmp_path: Path, **decode: object) -> Place:
+    """With some settings of the decode pool."""
+    nodes = {"latents_bytes": 8 << 20}
+    values = {"model": {"folder": str(FOLDER)}, "prefill": nodes, "decode": nodes | decode}
+    return Place(check_config(values, "test", Path.cwd()), SECRET, str(tmp_path))
+
+
+def refuse(role: str) -> None:
+    """No role is wanted in most tests."""
+    raise AssertionError(f"asked to become a {role} node")
+
+
+async def started(kind: type[NodeActor], place: Place, coordinator: Coordinator) -> NodeActor:
+    """An actor that has loaded."""
+    actor = kind.__new__(kind)
+    await actor.__init__(place, coordinator)
+    return actor
+
+
+@asynccontextmanager
+async def acting(kind: type, place: Place, coordinator: Coordinator) -> AsyncIterator[NodeActor]:
+    """An actor until it is ended."""
+    actor = await started(kind, place, coordinator)
+    try:
+        yield actor
+    finally:
+        await actor.drain()
+
+
+@pytest.mark.parametrize(("kind", "made"), [("prefill", PrefillNode), ("decode", DecodeNode)])
+def test_a_post_from_its_first_heartbeat_to_its_last(place, transformer, kind: str, made: type):
+    async def run() -> None:
+        coordinator = Coordinator()
+        post = Post(kind, "decode", place, coordinator, refuse)
+        await until(lambda: coordinator.heard)
+        first = coordinator.last(post.name)
+        assert (first.kind, first.pool, first.state) == (kind, "decode", STARTING)
+        assert (first.address, first.report, first.loaded_share) == ("", None, 0.0)
+        await asyncio.to_thread(post.open, transformer)
+        assert type(post.node) is made and post.node.is_alive and not post.has_died
+        assert post.node.spans is post.experts.spans
+        await until(lambda: coordinator.last(post.name).state == READY)
+        ready = coordinator.last(post.name)
+        assert ready.address == post.node.endpoint.address and ready.report.kind == kind
+        assert ready.loaded_share == 1.0 and ready.pid and ready.host
+        await post.close()
+        assert coordinator.states(post.name) == [STARTING, READY, DRAINING]
+        assert coordinator.left == [post.name] and not post.node.is_alive and not post.has_died
+
+    asyncio.run(run())
+
+
+def test_one_that_never_opened_closes_too(place):
+    async def run() -> None:
+        coordinator = Coordinator()
+        post = Post("decode", "decode", place, coordinator, refuse)
+        await post.close()
+        assert coordinator.left == [post.name] and coordinator.states(post.name) == [STARTING]
+
+    asyncio.run(run())
+
+
+def test_two_posts_share_the_weights_and_not_the_experts(place, transformer):
+    async def run() -> None:
+        coordinator = Coordinator()
+        coordinator.placement = PLACED
+        posts = [Post(kind, "decode", place, coordinator, refuse) for kind in ("prefill", "decode")]
+        for post in posts:
+            await asyncio.to_thread(post.open, transformer)
+        await until(lambda: all(post.node.report().experts_epoch == 1 for post in posts))
+        steps = posts[0].node.prefill_step, posts[1].node.decode_step
+        used = [step.transformer for step in steps]
+        assert [one.layers[1].moe.routed for one in used] == [post.experts for post in posts]
+        assert len({one._embedding.data_ptr() for one in (*used, transformer)}) == 1
+        await asyncio.gather(*(post.close() for post in posts))
+
+    asyncio.run(run())
+
+
+def test_a_role_is_asked_for_once_it_serves_and_only_where_it_is_another(place, transformer):
+    async def run() -> None:
+        coordinator, asked = Coordinator(), []
+        post = Post("prefill", "prefill", place, coordinator, asked.append)
+        coordinator.roles = {post.name: "decode", "another": "prefill"}
+        await until(lambda: len(coordinator.heard) > 3)
+        assert asked == [], "not before it serves"
+        await asyncio.to_thread(post.open, transformer)
+        await until(lambda: asked)
+        assert set(asked) == {"decode"}
+        coordinator.roles = {post.name: "prefill"}
+        await until(lambda: post._heartbeat.view.roles == coordinator.roles)
+        asked.clear()
+        count = len(coordinator.heard)
+        await until(lambda: len(coordinator.heard) > count + 3)
+        assert asked == []
+        await post.close()
+
+    asyncio.run(run())
+
+
+def test_closing_waits_for_the_requests_that_are_here(place, transformer):
+    async def run() -> None:
+        coordinator = Coordinator()
+        post = Post("decode", "decode", place, coordinator, refuse)
+        await asyncio.to_thread(post.open, transformer)
+        gateway = await asyncio.to_thread(connect, post.node.endpoint.address, SECRET, "gateway")
+        DOWN.send(gateway, ReservePages("r", 1, (5, 6, 7), 3, SamplingParameters()))
+        await until(lambda: post.node.report().requests_waiting_count == 1)
+        closing = asyncio.create_task(post.close())
+        await until(lambda: DRAINING in coordinator.states(post.name))
+        await asyncio.sleep(0.1)
+        assert not closing.done() and post.node.is_alive and coordinator.left == []
+        DOWN.send(gateway, CancelRequest("r", 1))
+        await asyncio.wait_for(closing, 5)
+        assert coordinator.left == [post.name]
+        gateway.close()
+
+    asyncio.run(run())
+
+
+def test_a_node_that_died_is_seen_and_keeps_nobody_waiting(place, transformer):
+    async def run() -> None:
+        post = Post("decode", "decode", place, Coordinator(), refuse)
+        await asyncio.to_thread(post.open, transformer)
+        post.node._stopping = True
+        await until(lambda: post.has_died)
+        await asyncio.wait_for(post.close(), 10)
+
+    asyncio.run(run())
+
+
+# actors
+
+
+def test_an_actor_becomes_the_other_kind_with_the_weights_it_has_and_goes_home_again(place):
+    async def run() -> None:
+        coordinator = Coordinator()
+        async with acting(Prefill, place, coordinator) as actor:
+            weights = actor._transformer
+            [first] = actor.posts
+            assert (first.kind, first.pool) == ("prefill", "prefill")
+            coordinator.roles = {first.name: "decode"}
+            await until(lambda: actor.posts[0].kind == "decode" and actor.posts[0].state == READY)
+            [second] = actor.posts
+            assert coordinator.states(first.name)[-2:] == [READY, DRAINING] and coordinator.left == [
+                first.name
+            ]
+            assert actor._transformer is weights and second.name != first.name
+            await until(lambda: coordinator.last(second.name).state == READY)
+            told = coordinator.last(second.name)
+            assert (told.kind, told.pool) == ("decode", "prefill"), "it is lent"
+            await actor.check_health()
+            coordinator.roles = {second.name: "prefill"}
+            await until(lambda: actor.posts[0].kind == "prefill" and actor.posts[0].state == READY)
+            await actor.check_health()
+            names = [first.name, second.name, actor.posts[0].name]
+        assert coordinator.left == names
+
+    asyncio.run(run())
+
+
+def test_an_actor_that_serves_as_both_kinds_changes_no_role(tmp_path):
+    async def run() -> None:
+        coordinator = Coordinator()
+        async with acting(Decode, place_of(tmp_path, reads_prompts=True), coordinator) as actor:
+            before = list(actor.posts)
+            assert [post.kind for post in before] == ["prefill", "decode"]
+            assert {post.pool for post in before} == {"decode"}
+            coordinator.roles = {before[0].name: "decode", before[1].name: "prefill"}
+            count = len(coordinator.heard)
+            await until(lambda: len(coordinator.heard) > count + 6)
+            assert actor.posts == before and actor._changing is None
+        assert sorted(coordinator.left) == sorted(post.name for post in before)
+
+    asyncio.run(run())
+
+
+def test_an_actor_tells_serve_of_a_node_that_died(place):
+    async def run() -> None:
+        async with acting(Decode, place, Coordinator()) as actor:
+            await actor.check_health()
+            actor.posts[0].node._stopping = True
+            await until(lambda: actor.posts[0].has_died)
+            with pytest.raises(RuntimeError, match=actor.posts[0].name):
+                await actor.check_health()
+
+    asyncio.run(run())
+
+
+def test_an_actor_tells_serve_of_a_change_that_failed(place, monkeypatch):
+    def broken(*_: object) -> None:
+        raise MemoryError("no room for latents")
+
+    async def run() -> None:
+        coordinator = Coordinator()
+        async with acting(Prefill, place, coordinator) as actor:
+            monkeypatch.setattr(post_module, "make_decode", broken)
+            coordinator.roles = {actor.posts[0].name: "decode"}
+            await until(lambda: actor._changing is not None and actor._changing.done())
+            with pytest.raises(MemoryError):
+                await actor.check_health()
+
+    asyncio.run(run())
+
+
+def test_an_actor_that_is_ended_while_it_changes_ends_as_what_it_became(place):
+    async def run() -> None:
+        coordinator = Coordinator()
+        actor = await started(Prefill, place, coordinator)
+        [first] = actor.posts
+        coordinator.roles = {first.name: "decode"}
+        await until(lambda: actor._changing is not None)
+        await actor.drain()
+        assert len(coordinator.left) == 2 and coordinator.left[0] == first.name
+        beating = [task for task in asyncio.all_tasks() if Heartbeat.__name__ in repr(task)]
+        assert not beating
+
+    asyncio.run(run())
