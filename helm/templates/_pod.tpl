@@ -1,4 +1,5 @@
-{{/* The pod of a Ray node. Takes a dict: root, name (the component), group (its values), ports, readiness. */}}
+{{/* The pod of a Ray node. Takes a dict: root, name (the component), group (its values), ports, readiness, and pods,
+     how many of a worker group. */}}
 {{- define "trivium.pod" -}}
 {{- $root := .root -}}
 {{- $values := .root.Values -}}
@@ -14,6 +15,12 @@ metadata:
   labels:
     {{- include "trivium.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .name }}
+  {{- with .pods }}
+  annotations:
+    # KubeRay compares clusters without their counts of pods: only a changed template has it take up changed ones. Where
+    # pods follow actors the count of the moment is the autoscaler's.
+    trivium/pods: {{ ternary (printf "%v-%v" .min .max) (printf "%v-%v-%v" .replicas .min .max) $values.ray.podsFollowActors | quote }}
+  {{- end }}
 spec:
   serviceAccountName: {{ include "trivium.name" $root }}
   automountServiceAccountToken: false

@@ -201,6 +201,27 @@ def test_a_changed_configuration_is_another_revision_and_the_same_pods(releases)
     assert ray_templates(before) == ray_templates(after)
 
 
+def changed_templates(before, *settings: str) -> set[str]:
+    """Groups whose pods are others after an upgrade; KubeRay compares no more of a group than its template."""
+    options = [part for setting in settings for part in ("--set", setting)]
+    after = ray_templates(render("defaults", *options))
+    return {name for name, template in ray_templates(before).items() if template != after[name]}
+
+
+def test_a_changed_count_of_pods_changes_the_pods_of_that_pool(releases):
+    before = releases["defaults"]
+    assert changed_templates(before, "config.decode.count=3") == {"decode"}
+    assert changed_templates(before, "config.experts.shards_max=6") == {"experts"}
+    assert changed_templates(before, "pools.prefill.replicas=2") == {"prefill"}
+
+
+def test_where_pods_follow_actors_only_their_bounds_change_pods():
+    following = "ray.podsFollowActors=true"
+    before = render("defaults", "--set", following)
+    assert changed_templates(before, following, "config.decode.count=3") == set()
+    assert changed_templates(before, following, "config.decode.count_max=6") == {"decode"}
+
+
 def test_existing_secrets_are_used_and_none_is_made():
     names = {"rayToken": "a", "channel": "b", "gatewayToken": "c", "operationsToken": "d"}
     options = [part for key, name in names.items() for part in ("--set", f"secrets.{key}={name}")]
