@@ -280,5 +280,5 @@ def _peers(policy: Manifest) -> list[list[Manifest]]:
 def _is_anybody(peer: Manifest) -> bool:
     if "ipBlock" in peer:
         return peer["ipBlock"]["cidr"] in ("0.0.0.0/0", "::/0")
-    named = peer.get("podSelector") or peer.get("namespaceSelector")
-    return not named and "namespaceSelector" in peer
+    # anybody may give a pod whatever labels in a namespace of their own
+    return "namespaceSelector" in peer and not peer["namespaceSelector"]

@@ -85,6 +85,10 @@ PLANTED = [
         open_port,
         lambda one: policy(one, "within")["egress"].append({"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}),
     ),
+    (
+        open_port,
+        lambda one: policy(one, "operator")["ingress"][0]["from"][0].update(namespaceSelector={}),
+    ),
     (open_port, lambda one: of_kind(one, "Service")[0]["spec"].update(type="LoadBalancer")),
     (unbounded_container, lambda one: decode(one).pop("resources")),
     (unbounded_container, lambda one: decode(one)["resources"]["limits"].update(memory="1Mi")),
