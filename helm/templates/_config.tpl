@@ -23,6 +23,19 @@
 {{- mergeOverwrite (deepCopy .Values.config) $filled | toYaml }}
 {{ end -}}
 
+{{/* Nothing, or a refusal: Ray listens in every pod, and a port is one process's. */}}
+{{- define "trivium.checkPorts" -}}
+{{- $taken := dict "6379" "Ray" "8080" "Ray's metrics" "8265" "Ray's dashboard" "10001" "Ray's clients" "52365" "Ray's agent" -}}
+{{- range list "gateway.port" "gateway.metrics_port" "operations.port" -}}
+  {{- $key := splitList "." . -}}
+  {{- $port := index $.Values.config (first $key) (last $key) | int | toString -}}
+  {{- with get $taken $port -}}
+    {{- fail (printf "config.%s: %s is the port of %s; choose another" (join "." $key) $port .) -}}
+  {{- end -}}
+  {{- $_ := set $taken $port (printf "config.%s" .) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The hash of exactly the bytes of the mounted file; another one has Serve build the application anew. */}}
 {{- define "trivium.revision" -}}
 {{- include "trivium.config" . | sha256sum -}}
