@@ -187,6 +187,12 @@ def test_values_take_each_key_of_the_configuration_that_the_chart_does_not_fill(
         ("model.persistentVolumeClaim=", "set exactly one of persistentVolumeClaim and hostPath"),
         ("pools.experts.replicas=1", "1 pods of 1 actors hold fewer than the 2 that config asks for"),
         ("pools.decode.minReplicas=3", "replicas 1 is not between minReplicas 3 and maxReplicas 4"),
+        ("secrets.make=false", "secrets.channel: names no Secret, and secrets.make is false"),
+        ("config.gateway.port=80", "config.gateway.port: Must be greater than or equal to 1024"),
+        ("config.gateway.port=8080", "config.gateway.port: 8080 is the port of Ray's metrics"),
+        ("config.gateway.metrics_port=52365", "config.gateway.metrics_port: 52365 is the port of Ray's agent"),
+        ("config.operations.port=8265", "config.operations.port: 8265 is the port of Ray's dashboard"),
+        ("config.operations.port=50051", "config.operations.port: 50051 is the port of config.gateway.port"),
     ],
 )
 def test_helm_refuses_values_with_the_reason(setting, message):
@@ -225,7 +231,7 @@ def test_where_pods_follow_actors_only_their_bounds_change_pods():
 def test_existing_secrets_are_used_and_none_is_made():
     names = {"rayToken": "a", "channel": "b", "gatewayToken": "c", "operationsToken": "d"}
     options = [part for key, name in names.items() for part in ("--set", f"secrets.{key}={name}")]
-    release = render("defaults", *options)
+    release = render("defaults", "--set", "secrets.make=false", *options)
     assert of_kind(release, "Secret") == []
     assert ray_service(release)["spec"]["rayClusterConfig"]["authOptions"]["secretName"] == "a"
     [settings] = [
@@ -265,20 +271,49 @@ def test_rules_and_dashboards_are_taken_up_as_they_are(releases):
     assert [group for rule in rules for group in rule["spec"]["groups"]] == written
 
 
-def test_notes_say_how_to_reach_generate_and_scale(tmp_path):
-    chart = shutil.copytree(CHART, tmp_path / "chart")  # helm shows notes to those alone who have a cluster
+@pytest.fixture
+def notes(tmp_path):
+    """Renders what helm tells after an install; helm itself shows it to those alone who have a cluster."""
+    chart = shutil.copytree(CHART, tmp_path / "chart")
     notes_file = '{{ include (print $.Template.BasePath "/NOTES.txt") . | nindent 2 }}'
     (chart / "templates/notes.yaml").write_text(f"notes: |{notes_file}\n")
-    done = helm("template", "demo", chart, "--namespace", "models", "--show-only", "templates/notes.yaml")
-    notes = yaml.safe_load(done.stdout)["notes"]
+
+    def rendered(*options: str) -> str:
+        arguments = ("--namespace", "models", "--show-only", "templates/notes.yaml", *options)
+        return yaml.safe_load(helm("template", "demo", chart, *arguments).stdout)["notes"]
+
+    return rendered
+
+
+def test_notes_say_how_to_reach_generate_and_scale(notes):
     for words in (
         "trivium generate",
         "trivium scale decode=2",
         "port-forward",
         "deployments/decode/scale",
         "demo-trivium-gateway.models:50051",
+        "makes new ones each time",
     ):
-        assert words in notes
+        assert words in notes()
+    assert "makes new ones each time" not in notes(
+        *("--set", "secrets.rayToken=a", "--set", "secrets.channel=b", "--set", "secrets.gatewayToken=c"),
+        *("--set", "secrets.operationsToken=d", "--set", "secrets.make=false"),
+    )
+
+
+def test_notes_give_each_command_its_own_token_and_the_address(notes):
+    told = notes("--set", "config.gateway.port=6000", "--set", "secrets.gatewayTls=tls")
+    commands = {
+        line.split()[1]: line.split() for line in told.splitlines() if line.strip().startswith("trivium ")
+    }
+    assert set(commands) == {"generate", "scale"}
+    files = {}
+    for name, words in commands.items():
+        assert words[words.index("--address") + 1] == "grpcs://127.0.0.1:6000"
+        file = words[words.index("--token-file") + 1]
+        [files[name]] = [line for line in told.splitlines() if line.endswith(f"> {file}")]
+    assert "secret demo-trivium-gateway-token " in files["generate"]
+    assert "secret demo-trivium-operations-token " in files["scale"]
 
 
 def test_versions_agree():
@@ -304,6 +339,10 @@ def test_gateways_speak_tls_where_a_secret_is_named(releases, tmp_path):
     assert [name for name, paths in mounts.items() if folder in paths] == ["gateway"], (
         "only they have the key"
     )
+    services = [one["spec"] for one in of_kind(manifests, "Service")]
+    services.append(ray_service(manifests)["spec"]["serveService"]["spec"])
+    said = [port["appProtocol"] for spec in services for port in spec["ports"] if port["name"] == "grpc"]
+    assert said == ["https", "https"]
     probe = templates["gateway"]["spec"]["containers"][0]["readinessProbe"]
     assert probe["httpGet"] == {"path": "/healthz", "port": gateway.metrics_port}
     [test] = [one for one in of_kind(manifests, "Pod") if one["metadata"]["name"].endswith("-test")]
