@@ -1,6 +1,7 @@
 """Prefill nodes, decode nodes and expert shards as actors: plain objects, and heartbeats."""
 
 import asyncio
+import gc
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ from kernels.model.moe import NoExperts
 from kernels.model.transformer import Transformer
 
 QUIET_S = 0.5
+ROLE_DRAIN_S = 3.0  # other nodes go on with what takes longer, by the tokens so far
 
 
 class NodeActor:
@@ -36,6 +38,7 @@ class NodeActor:
         self._place = place
         self._coordinator = coordinator
         self._changing: asyncio.Task | None = None
+        self._is_ending = False
         self._transformer: Transformer | None = None
         self.posts = [self._post(kind) for kind in self._kinds_at_start()]
         await asyncio.to_thread(self._load)
@@ -60,14 +63,19 @@ class NodeActor:
             post.loaded_share = done / total
 
     def _change_role(self, kind: str) -> None:
-        if len(self.posts) == 1 and (self._changing is None or self._changing.done()):
+        is_free = self._changing is None or self._changing.done()
+        if len(self.posts) == 1 and is_free and not self._is_ending:
             self._changing = asyncio.get_running_loop().create_task(self._become(kind))
 
     async def _become(self, kind: str) -> None:
-        """Serve as the other kind of node from now on; what runs here is finished first."""
-        await self.posts[0].close()
-        self.posts = [self._post(kind)]
-        await asyncio.to_thread(self.posts[0].open, self._transformer)
+        """Serve as the other kind of node from now on; what is not finished soon goes on elsewhere."""
+        post = self._post(kind)  # announced before the old one leaves, so that nobody misses this process
+        await self.posts.pop().close(ROLE_DRAIN_S)
+        gc.unfreeze()  # the old node's latents are to go before the new ones come
+        gc.collect()
+        self.posts.append(post)
+        if not self._is_ending:
+            await asyncio.to_thread(post.open, self._transformer)
 
     async def check_health(self) -> None:
         """Raises if a node's thread has died, so that Serve starts another process."""
@@ -79,6 +87,7 @@ class NodeActor:
 
     async def __del__(self) -> None:
         """Take nothing new, finish what is here, then go."""
+        self._is_ending = True
         if self._changing is not None:
             await asyncio.wait([self._changing])
         await asyncio.gather(*(post.close() for post in self.posts))

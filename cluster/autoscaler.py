@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest
 from cluster.pressure import pressures
 from cluster.scaled_pool import ScaledPool
@@ -22,7 +21,6 @@ from cluster.scaling import (
     ChangeRole,
     Decision,
     Hold,
-    PoolLimits,
     PoolReading,
     PoolsReport,
     PoolState,
@@ -35,6 +33,7 @@ GREATER = 1.25  # times the pressure that asked for nodes which are still starti
 ROOM = 0.7  # of each limit, that may be in use with one node less, for a pool to be too large
 OBEYED_S = 30.0  # in which Serve shows what it was asked for; else the call was lost
 STUCK_S = 600.0  # after which nodes that do not start are no reason to wait with shrinking
+SETTLED_S = 20.0  # after a growth, before latencies of late are those with the new nodes
 REGRET_PAUSES = 10  # after shrinking, in which to grow again says that it was wrong
 REGRET_MAX = 8  # times the pause before shrinking, at most
 DECISIONS_MAX = 100
@@ -64,12 +63,14 @@ class Autoscaler:
             if reading.kind in self._pools:
                 self._read(self._pools[reading.kind], reading, now_s)
         if not self.config.is_enabled:
-            return []
+            everybody = self._pools.values()
+            held = [pool for pool in everybody if pool.hold is not None and self._may_act(pool, now_s)]
+            return [command for pool in held for command in self._keep_hold(pool, now_s)]
         pools = [pool for pool in self._pools.values() if pool.kind != GATEWAY]
         for pool in pools:
             self._look(pool, now_s)
         commands: list[Command] = []
-        for turn in (self._go_home, self._keep_bounds, self._grow, self._shrink):
+        for turn in (self._keep_hold, self._go_home, self._keep_bounds, self._grow, self._shrink):
             for pool in pools:
                 if self._may_act(pool, now_s):
                     commands.extend(turn(pool, now_s))
@@ -97,6 +98,28 @@ class Autoscaler:
         if pool.is_awaited or count != pool.target_count:
             pool.ask(count, now_s)
         return count
+
+    @property
+    def holds(self) -> tuple[Hold, ...]:
+        """Counts that people have set, and that nobody has released."""
+        return tuple(pool.hold for pool in self._pools.values() if pool.hold is not None)
+
+    def recall(self, hold: Hold, now_s: float) -> None:
+        """Take a hold that an earlier coordinator had, unless there is one already."""
+        pool = self._pools.get(hold.kind)
+        if pool is not None and pool.hold is None:
+            pool.hold = replace(hold, since_s=now_s)
+
+    def put_back(self, kind: str, hold: Hold | None) -> None:
+        """Serve could not be asked for what a person wanted: all is as before."""
+        pool = self._pool(kind)
+        pool.hold = hold
+        pool.ask_no_more()
+
+    def nobody_changes(self, command: ChangeRole) -> None:
+        """No node could be asked to change its role."""
+        for kind in (command.from_kind, command.to_kind):
+            self._pools[kind].loans_asked = None
 
     def release(self, kind: str, now_s: float) -> None:
         """Let the load decide about a pool again; one that is not held stays as it is. Or InvalidRequest."""
@@ -132,7 +155,6 @@ class Autoscaler:
         elif pool.asked_count is not None and now_s - pool.asked_s > OBEYED_S:
             self._record(pool, pool.asked_count, count, f"Serve did not do it within {OBEYED_S:.0f} s", now_s)
             pool.ask_no_more()
-            pool.hold = replace(pool.hold, count=count) if pool.hold is not None else None
 
     def report(self, now_s: float) -> PoolsReport:
         """All pools and the decisions of late, newest first."""
@@ -154,6 +176,8 @@ class Autoscaler:
         pool.changing_since_s = _since(pool.changing_since_s, now_s) if is_changing else None
         if not is_changing and not pool.is_awaited:
             pool.level_asked = 1.0
+        is_grown = not is_changing and now_s - pool.grown_s >= SETTLED_S
+        pool.learn_from_growth(is_grown and not pool.is_awaited)
         is_roomy = self._is_roomy(pool, now_s)
         pool.roomy_since_s = _since(pool.roomy_since_s, now_s) if is_roomy else None
         if now_s - max(pool.shrunk_s, pool.grown_s) > REGRET_PAUSES * self._shrink_pause_s(pool):
@@ -180,13 +204,18 @@ class Autoscaler:
         if left_count < max(pool.limits.count_min, 1):
             return False
         ready_count = pool.reading.ready_count
-        return all(one.level_with(left_count, ready_count) < ROOM for one in pool.pressures)
+        return all(one.level_with(left_count, ready_count) < ROOM for one in pool.causes)
 
     def _may_act(self, pool: ScaledPool, now_s: float) -> bool:
         is_seen = pool.seen_s == now_s and pool.is_heard(now_s)
         return is_seen and pool.aim_count > 0 and not pool.is_awaited
 
     # what is done about it
+
+    def _keep_hold(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
+        """Ask again for a person's count that Serve has not taken."""
+        if pool.hold is not None and pool.hold.count != pool.aim_count:
+            yield self._scale(pool, pool.hold.count, f"set by {pool.hold.by}, and not done yet", now_s)
 
     def _go_home(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
         """Where a person has set one of two pools, each gets back what the other has of it."""
@@ -206,7 +235,7 @@ class Autoscaler:
             yield self._scale(pool, limits.count_min, f"{limits.count_min} are the fewest allowed", now_s)
 
     def _grow(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
-        cause = max(pool.pressures, key=lambda one: self._wanted_count(pool, one), default=None)
+        cause = max(pool.causes_to_grow, key=lambda one: self._wanted_count(pool, one), default=None)
         nodes_count = self._nodes_count(pool)
         if pool.hold is not None or cause is None or self._wanted_count(pool, cause) <= nodes_count:
             return
@@ -230,6 +259,7 @@ class Autoscaler:
             if now_s - pool.shrunk_s < REGRET_PAUSES * self.config.shrink_pause_s:
                 pool.regret = min(2 * pool.regret, REGRET_MAX)
             pool.grown_s, pool.level_asked = now_s, cause.level
+            pool.grown_for = None if cause.is_shared else cause
 
     def _shrink(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
         """One less; a borrowed node goes home first, and who has lent one has shrunk by that already."""
@@ -332,6 +362,8 @@ class Autoscaler:
             return "nodes are starting or draining"
         if not pool.pressures or not pool.reading.is_complete:
             return "too little is known of its load"
+        if pool.futile_causes:
+            return f"more nodes did not help against the {', '.join(sorted(pool.futile_causes))}"
         if max(one.level for one in pool.pressures) > 1:
             return "at its most" if self._nodes_count(pool) >= pool.limits.count_max else "under pressure"
         if pool.roomy_since_s is not None:
@@ -362,27 +394,3 @@ class Autoscaler:
 
 def _since(before_s: float | None, now_s: float) -> float:
     return now_s if before_s is None else before_s
-
-
-def autoscaler_config(config: ClusterConfig) -> AutoscalerConfig:
-    """The autoscaler's part of a cluster's configuration."""
-    section, gateways, experts = config.autoscaler, config.gateway.count, config.experts
-    pools = (
-        PoolLimits(GATEWAY, gateways, 1, COUNT_MAX),
-        PoolLimits("prefill", config.prefill.count, config.prefill.count_min, config.prefill.count_max),
-        PoolLimits("decode", config.decode.count, config.decode.count_min, config.decode.count_max),
-        PoolLimits(
-            "experts",
-            experts.shards_count,
-            experts.shards_min or experts.shards_count,
-            experts.shards_max or experts.shards_count,
-        ),
-    )
-    return AutoscalerConfig(
-        pools,
-        section.enabled,
-        section.time_to_first_token_s,
-        section.inter_token_s,
-        section.grow_pause_s,
-        section.shrink_pause_s,
-    )

@@ -3,6 +3,7 @@
 Only `model.folder` has no default. Relative paths are relative to the file that names them.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,7 +45,8 @@ def resolve_path(value: Any, info: ValidationInfo) -> Any:
     """Read a path, relative to the folder in the validation context (else to the working directory)."""
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("a path is a text that is not empty")
-    return (Path((info.context or {}).get("folder", ".")) / Path(value).expanduser()).resolve()
+    path = Path((info.context or {}).get("folder", ".")) / Path(value).expanduser()
+    return Path(os.path.abspath(path))  # links stay: where files are mounted, what they lead to changes
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
@@ -259,6 +261,23 @@ class ClusterConfig(Section):
     def _ports_differ(self) -> "ClusterConfig":
         if self.dashboard.enabled and self.gateway.port == self.dashboard.port != 0:
             raise ValueError("gateway.port and dashboard.port must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_are_within_bounds(self) -> "ClusterConfig":
+        experts = self.experts
+        shards_min = experts.shards_min or experts.shards_count
+        shards_max = experts.shards_max or experts.shards_count
+        pools = (
+            ("prefill.count", self.prefill.count_min, self.prefill.count, self.prefill.count_max),
+            ("decode.count", self.decode.count_min, self.decode.count, self.decode.count_max),
+            ("experts.shards_count", shards_min, experts.shards_count, shards_max),
+        )
+        for key, least, count, most in pools:
+            if least > most:
+                raise ValueError(f"{key}: its least, {least}, is above its most, {most}")
+            if self.autoscaler.enabled and count and not least <= count <= most:
+                raise ValueError(f"{key} is {count}: with autoscaler.enabled it lies in {least} to {most}")
         return self
 
     @model_validator(mode="after")

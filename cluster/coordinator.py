@@ -4,13 +4,14 @@ import asyncio
 import logging
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import TriviumError
 from cluster.logs import begin_logs
 from cluster.membership import Member, Membership, View
 from cluster.operations import Operations
-from cluster.place import Place, expert_bytes, plan_config, rebalance_config
+from cluster.place import Place, expert_bytes, plan_config, rebalance_config, shards_bounds
 from cluster.scaler import Scaler
 from cluster.scaling import PoolsReport
 from experts.compiled import is_compiled
@@ -43,14 +44,16 @@ class Coordinator:
             expert_bytes(model, place.config),
         )
         self._preparing = asyncio.create_task(self._prepare())
-        self._scaler = Scaler(place.config, self._membership, window, model.routed_experts_count)
+        self._scaler = Scaler(place.config, self._membership, window, shards_bounds(model, place.config))
         self._scaling = asyncio.create_task(self._scaler.run())
         self.operations = Operations(place, self._membership, self._scaler, window)
         await self.operations.start()
 
     async def heartbeat(self, member: Member) -> View:
         """Take a member's word and tell it what everybody has said."""
-        return self._membership.heartbeat(member, time.monotonic())
+        self._scaler.recall(member.holds)
+        view = self._membership.heartbeat(replace(member, holds=()), time.monotonic())
+        return replace(view, holds=self._scaler.autoscaler.holds)
 
     async def leave(self, name: str) -> None:
         """A member has ended in good order."""
@@ -92,7 +95,6 @@ class Coordinator:
         """End what was begun here."""
         self._scaling.cancel()
         await self.operations.stop()
-        await self._scaler.close()
 
     async def experts(self) -> ExpertsReport:
         """How the experts are placed and loaded."""

@@ -17,7 +17,7 @@ from cluster.gateway_operations import OperationsService
 from cluster.gateway_service import InferenceService, ServedModel
 from cluster.gateway_status import ErrorInterceptor, abort
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
-from cluster.http_server import HttpServer, metrics_application
+from cluster.http_server import Application, LastingServer, metrics_application
 from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.metrics import exposition, gateway_families
@@ -75,6 +75,7 @@ class GatewayActor:
         tokens = Tokens(
             read_token(section.token_file, "gateway.token_file"),
             read_token(operations.token_file, "operations.token_file"),
+            place.operations_token,
         )
         self.server = make_server(limit, tokens)
         trivium_pb2_grpc.add_InferenceServicer_to_server(self.service, self.server)
@@ -133,12 +134,16 @@ class GatewayActor:
             await self._monitored.stop()
         await stop_tracing(self._tracing)
 
-    async def _monitor(self, host: str, port: int | None) -> HttpServer | None:
+    async def _monitor(self, host: str, port: int | None) -> LastingServer | None:
         """Serve this gateway's own metrics, if it has a port for them."""
         if port is None:
             return None
-        application = metrics_application(self._metrics, lambda: self.desk.can_serve)
-        return await HttpServer.started(application, host, port, "gateway.metrics_port")
+        server = LastingServer(self._monitors_application, host, port, "gateway.metrics_port")
+        await server.begin()
+        return server
+
+    def _monitors_application(self) -> Application:
+        return metrics_application(self._metrics, lambda: self.desk.can_serve)
 
     async def _metrics(self, accept: str) -> tuple[bytes, str]:
         return exposition(gateway_families(self.describe(), self.service.view), accept)
@@ -170,17 +175,20 @@ def served_model(place: Place) -> ServedModel:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What calls must carry: clients theirs, operators theirs if there is one and else that of clients."""
+    """What calls must carry: clients theirs, operators theirs; where neither has one, all is open."""
 
     clients: str | None = field(default=None, repr=False)
     operators: str | None = field(default=None, repr=False)
+    page: str = field(default="", repr=False)
+    """The Pools page's, which operators must carry where clients have a token and they have none."""
 
     def accepted(self, service: str) -> tuple[str, ...]:
         """The tokens of which calls of a service must carry one; none where it is open."""
-        if self.operators is not None and service in OPERATORS_SERVICES:
-            return (self.operators,)
-        known = (self.clients, self.operators) if self.clients is not None else ()
-        return tuple(token for token in known if token is not None)
+        operators = self.operators or (self.clients and (self.page or self.clients))
+        if operators and service in OPERATORS_SERVICES:
+            return (operators,)
+        known = (self.clients, self.operators, self.page) if self.clients else ()
+        return tuple(token for token in known if token)
 
 
 def make_server(message_bytes_max: int, tokens: Tokens) -> grpc.aio.Server:
@@ -233,15 +241,17 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         sent = str(dict(details.invocation_metadata).get("authorization", "")).encode()
         if any([hmac.compare_digest(sent, f"Bearer {token}".encode()) for token in accepted]):
             return handler
-        return refusing(handler, details.method)
+        return refusing(handler, details.method, service in OPERATORS_SERVICES)
 
 
-def refusing(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+def refusing(handler: grpc.RpcMethodHandler, method: str, for_operators: bool) -> grpc.RpcMethodHandler:
     """A handler of the same shape that answers Unauthenticated."""
+    whose = "the operators' token, that of operations.token_file" if for_operators else "the clients' token"
     error = Unauthenticated(
         reason="NO_TOKEN",
         message="the call carries no valid token",
         field="authorization",
+        limit=whose,
         remedy="Send the metadata `authorization: Bearer TOKEN`.",
     )
 

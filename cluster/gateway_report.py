@@ -1,7 +1,7 @@
 """What a gateway tells of its requests: counts since it began, how long things took, and who waits."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.distribution import NOTHING, Distribution, Tally
 from cluster.events import Phases
@@ -52,6 +52,13 @@ class GatewayReport:
     prefill_s: Distribution = NOTHING
     transfer_s: Distribution = NOTHING
     """What was left to transfer once the prompt was computed; of requests that were handed over."""
+
+    def without_times(self) -> "GatewayReport":
+        """The counts alone, which are short."""
+        return replace(self, **dict.fromkeys(TIMES, NOTHING))
+
+
+TIMES = tuple(name for name, one in GatewayReport.__dataclass_fields__.items() if one.default is NOTHING)
 
 
 @dataclass(slots=True)

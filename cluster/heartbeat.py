@@ -52,7 +52,7 @@ class Heartbeat:
         member = self._describe()
         before = self.view
         epochs_known = frozenset(placement.epoch for placement in before.placements)
-        member = replace(member, epochs_known=epochs_known)
+        member = replace(member, epochs_known=epochs_known, holds=before.holds)
         if before.placement is None:  # the coordinator may have begun anew: tell it where things stand
             member = replace(member, placement=self._placement)
         answer = await self._answer(self._coordinator.heartbeat, member)

@@ -1,13 +1,19 @@
 """An HTTP server in the running event loop, and what a gateway's monitors read there."""
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from cluster.errors import InvalidConfig
 
-SHUTDOWN_S = 2.0
+logger = logging.getLogger(__name__)
 
+SHUTDOWN_S = 2.0
+TRY_EVERY_S = 3.0
+
+Application = web.Application
 Metrics = Callable[[str], Awaitable[tuple[bytes, str]]]
 """From an Accept header to a text and its content type."""
 
@@ -39,6 +45,45 @@ class HttpServer:
     async def stop(self) -> None:
         """Answer nobody any more."""
         await self._runner.cleanup()
+
+
+class LastingServer:
+    """Serves as soon as its port is free: what people look at is no reason to end what they look at."""
+
+    def __init__(self, make: Callable[[], web.Application], host: str, port: int, field: str):
+        self._make = make
+        self._where = (host, port, field)
+        self._server: HttpServer | None = None
+        self._trying: asyncio.Task | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it serves; empty while it does not."""
+        return self._server.address if self._server is not None else ""
+
+    async def begin(self) -> None:
+        """Serve, now or later."""
+        if not await self._begun():
+            self._trying = asyncio.create_task(self._try_on())
+
+    async def stop(self) -> None:
+        """Serve no more, nor try to."""
+        if self._trying is not None:
+            self._trying.cancel()
+        if self._server is not None:
+            await self._server.stop()
+
+    async def _begun(self) -> bool:
+        try:
+            self._server = await HttpServer.started(self._make(), *self._where)
+        except InvalidConfig as error:
+            if self._trying is None:
+                logger.warning("%s It is tried again every %.0f s.", error, TRY_EVERY_S)
+        return self._server is not None
+
+    async def _try_on(self) -> None:
+        while not await self._begun():
+            await asyncio.sleep(TRY_EVERY_S)
 
 
 def metrics_application(metrics: Metrics, is_serving: Callable[[], bool]) -> web.Application:

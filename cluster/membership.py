@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.gateway_report import GatewayReport
+from cluster.scaling import Hold
 from decode.messages import NodeReport
 from experts.errors import PlacementImpossible
 from experts.load import RecentLoad
@@ -43,6 +44,8 @@ class Member:
     """Of placements that it need not be told again: a large model's table is long."""
     pool: str = ""
     """Deployment that its process belongs to, where that is not its kind: it is lent to another pool."""
+    holds: tuple[Hold, ...] = ()
+    """That it knows of, for a coordinator that has just begun."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class View:
     """Epoch that every node goes by, or a later one: shards let go of what is older."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """Kind of node wanted in the process of a member, where it is another than its own."""
+    holds: tuple[Hold, ...] = ()
+    """Counts of pools that people have set."""
 
     def of_kind(self, kind: str) -> tuple[Member, ...]:
         """Members of one kind, by name."""
@@ -71,7 +76,9 @@ class View:
             is_known = placement is not None and placement.epoch in epochs
             return Placement(placement.epoch, placement.first_layer, (), ()) if is_known else placement
 
-        return replace(self, placement=told(self.placement), placement_in_force=told(self.placement_in_force))
+        members = tuple(without_times(member) for member in self.members)
+        placements = {"placement": told(self.placement), "placement_in_force": told(self.placement_in_force)}
+        return replace(self, members=members, **placements)
 
     def completed(self, before: "View") -> "View":
         """The whole view, with the placements that `before` had and this one only names."""
@@ -308,6 +315,13 @@ def nodes_epoch(members: tuple[Member, ...]) -> int:
         if isinstance(member.report, NodeReport) and member.report.experts_epoch > 0
     ]
     return min(epochs, default=EPOCH_MAX)
+
+
+def without_times(member: Member) -> Member:
+    """A gateway's report without its distributions, which only the coordinator needs."""
+    if isinstance(member.report, GatewayReport):
+        return replace(member, report=member.report.without_times())
+    return member
 
 
 def without_load(member: Member) -> Member:

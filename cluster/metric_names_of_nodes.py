@@ -25,6 +25,12 @@ NODES = (
             "tokens_waiting_count",
         ),
         (
+            "trivium_node_arriving_pages",
+            "pages",
+            "Leased pages of a decode node whose requests still wait for latents.",
+            "pages_arriving_count",
+        ),
+        (
             "trivium_node_experts_epoch",
             "",
             "Number of the placement of experts that a node goes by; 0 before the first.",

@@ -5,7 +5,7 @@ import logging
 import time
 from typing import Any
 
-from cluster.http_server import HttpServer
+from cluster.http_server import Application, LastingServer
 from cluster.membership import Membership, View
 from cluster.metrics import exposition, families, mirrored
 from cluster.place import Place
@@ -30,15 +30,15 @@ class Operations:
         self._membership = membership
         self._scaler = scaler
         self._window = window
-        self._server: HttpServer | None = None
+        self._server: LastingServer | None = None
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
-        """Begin to serve and to publish, in the running event loop; raises InvalidConfig."""
+        """Begin to serve and to publish, in the running event loop."""
         if self._section.enabled:
-            application = pools_application(self._token, self._read, self._act, self._metrics)
             where = (self._section.host, self._section.port, "operations.port")
-            self._server = await HttpServer.started(application, *where)
+            self._server = LastingServer(self._application, *where)
+            await self._server.begin()
         regular = [(STATS_EVERY_S, self._log_stats)]
         if self._section.ray_metrics:
             regular.append((MIRROR_EVERY_S, self._mirror))
@@ -54,8 +54,17 @@ class Operations:
 
     @property
     def page(self) -> str:
-        """Where people look at pools and scale them, with the token behind `#`, which no server is sent."""
-        return f"http://{self._server.address}/#token={self._token}" if self._server is not None else ""
+        """Where people look at pools and scale them; empty until it is served, or if it never is.
+
+        A token that was made at start is told behind `#`, which no server is sent; one from a file is not.
+        """
+        if self._server is None or not self._server.address:
+            return ""
+        address = self._server.address.replace("0.0.0.0", "127.0.0.1")
+        return f"http://{address}/" + ("" if self._section.token_file else f"#token={self._token}")
+
+    def _application(self) -> Application:
+        return pools_application(self._token, self._read, self._act, self._metrics)
 
     async def _read(self) -> dict[str, Any]:
         return pools_json(self._scaler.report())

@@ -5,6 +5,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from cluster.config import AUTO, ClusterConfig
+from cluster.scaling import AutoscalerConfig, PoolLimits
 from cluster.token_file import read_token
 from experts.config import PlanConfig
 from experts.rebalance import RebalanceConfig
@@ -12,6 +13,7 @@ from kernels.model.config import ModelConfig
 from kernels.model.pages import PAGE_TOKENS
 from kernels.transport.connect import own_host
 
+ACTORS_MAX = 1024
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -49,6 +51,15 @@ def plan_config(model: ModelConfig, config: ClusterConfig) -> PlanConfig:
     return PlanConfig(section.replicas_min, section.spare_replicas, max(slots_max, 1))
 
 
+def shards_bounds(model: ModelConfig, config: ClusterConfig) -> tuple[int, int]:
+    """Fewest shards that can hold all experts as often as is wanted, and most that there are experts for."""
+    if not model.moe_layers:
+        return 1, config.experts.shards_max or config.experts.shards_count
+    plan, experts_count = plan_config(model, config), model.routed_experts_count
+    needed_count = math.ceil(experts_count * plan.replicas_min / plan.slots_max)
+    return max(needed_count, plan.replicas_min), experts_count
+
+
 def rebalance_config(config: ClusterConfig) -> RebalanceConfig:
     """When experts move."""
     section = config.experts
@@ -63,6 +74,30 @@ def expert_bytes(model: ModelConfig, config: ClusterConfig) -> int:
     """Memory of one expert of one layer."""
     numbers_count = 3 * model.hidden_size * model.moe_intermediate_size
     return numbers_count * ITEM_BYTES[config.model.compute_dtype]
+
+
+def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> AutoscalerConfig:
+    """Between which counts pools move, and why; fewer shards than needed cannot hold the experts."""
+    section, gateways, experts = config.autoscaler, config.gateway.count, config.experts
+    pools = (
+        PoolLimits("gateway", gateways, 1, ACTORS_MAX),
+        PoolLimits("prefill", config.prefill.count, config.prefill.count_min, config.prefill.count_max),
+        PoolLimits("decode", config.decode.count, config.decode.count_min, config.decode.count_max),
+        PoolLimits(
+            "experts",
+            experts.shards_count,
+            max(experts.shards_min or experts.shards_count, shards_needed_count),
+            experts.shards_max or experts.shards_count,
+        ),
+    )
+    return AutoscalerConfig(
+        pools,
+        section.enabled,
+        section.time_to_first_token_s,
+        section.inter_token_s,
+        section.grow_pause_s,
+        section.shrink_pause_s,
+    )
 
 
 def context_tokens_max(model: ModelConfig, config: ClusterConfig) -> int:

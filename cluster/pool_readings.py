@@ -103,7 +103,7 @@ class PoolReadings:
         latencies_s: tuple[float | None, float | None],
         now_s: float,
     ) -> PoolReading:
-        ready = [one for one in view.of_kind(kind) if one.state == READY and one.name not in view.roles]
+        ready = staying(view, kind)
         reports = [one.report for one in ready if isinstance(one.report, NodeReport | ShardReport)]
         first_token_s, inter_token_s = latencies_s
         numbers = {}
@@ -133,7 +133,7 @@ class PoolReadings:
     ) -> dict[str, float | int | None]:
         """Prompts at gateways count unless it is for decode that they wait."""
         shares = [share for one in ready if (share := self._busy_share(one)) is not None]
-        decode = [one.report for one in view.of_kind(DECODE) if isinstance(one.report, NodeReport)]
+        decode = [one.report for one in staying(view, DECODE) if isinstance(one.report, NodeReport)]
         available_count = sum(report.pages_free_count + report.pages_cached_count for report in decode)
         is_room = sum(one.pages_waiting_count for one in gateways) <= available_count
         is_its_own = is_room or is_held_up_by_prefill(decode)
@@ -192,6 +192,11 @@ class PoolReadings:
         if not self._slowness or self._slowness[-1][0] - self._slowness[0][0] < UNMENDED_WINDOW_S:
             return None
         return min(value for _, value in self._slowness)
+
+
+def staying(view: View, kind: str) -> list[Member]:
+    """Members that serve as a kind and are to go on doing so."""
+    return [one for one in view.of_kind(kind) if one.state == READY and one.name not in view.roles]
 
 
 def is_held_up_by_prefill(decode: Sequence[NodeReport]) -> bool:

@@ -77,16 +77,17 @@ class Post:
         """Whether its node has stopped computing, though nobody asked it to."""
         return self.node is not None and self.state == READY and not self.node.is_alive
 
-    async def close(self) -> None:
-        """Take nothing new, finish what is here, then go."""
+    async def close(self, drain_s: float = DRAIN_S) -> None:
+        """Take nothing new, finish what is here as long as that may take, then go."""
         self.state = DRAINING if self.node is not None else STARTING
         await self._heartbeat.announce()
         if self.node is not None:
             await asyncio.sleep(NOTICED_S)
-            await drained(self.node)
+            await drained(self.node, drain_s)
         await self._heartbeat.stop()
         if self.node is not None:
             await asyncio.to_thread(self.node.close)
+            self.node = None
         self.experts.close()
         await stop_tracing(self._tracing)
 
@@ -129,9 +130,9 @@ def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode
     return DecodeNode(config, transformer)
 
 
-async def drained(node: Node) -> None:
-    """Wait until a node has no requests."""
-    end_s = time.monotonic() + DRAIN_S
+async def drained(node: Node, drain_s: float) -> None:
+    """Wait until a node has no requests, at most so long."""
+    end_s = time.monotonic() + drain_s
     while node.is_alive and time.monotonic() < end_s:
         report = node.report()
         if report.requests_running_count + report.requests_waiting_count == 0:

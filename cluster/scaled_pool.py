@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from cluster.scaling import Hold, PoolLimits, PoolReading, Pressure
 
 STALE_S = 5.0
+HELPED = 0.9  # of what a growth was for may be left at most, for it to have helped
 
 
 @dataclass(slots=True)
@@ -32,6 +33,10 @@ class ScaledPool:
     roomy_since_s: float | None = None
     changing_since_s: float | None = None
     regret: int = 1
+    grown_for: Pressure | None = None
+    """What the last growth was for, where it is unknown how much more nodes help against it."""
+    futile_causes: set[str] = field(default_factory=set)
+    """Such causes that did not go down when nodes came: something else is to be mended."""
     hold: Hold | None = None
     reason: str = ""
     grown_count: int = 0
@@ -61,6 +66,26 @@ class ScaledPool:
         if self.asked_count is not None:
             self.overtaken_counts.add(self.asked_count)
         self.asked_count, self.asked_s = count, now_s
+
+    @property
+    def causes(self) -> tuple[Pressure, ...]:
+        """What more nodes may help against."""
+        return tuple(one for one in self.pressures if one.cause not in self.futile_causes)
+
+    @property
+    def causes_to_grow(self) -> tuple[Pressure, ...]:
+        """Those without one for which nodes are on trial: whether they help is seen first."""
+        on_trial = self.grown_for.cause if self.grown_for is not None else ""
+        return tuple(one for one in self.causes if one.cause != on_trial)
+
+    def learn_from_growth(self, is_over: bool) -> None:
+        """Note whether the nodes that came have helped, once all are there; what has ended is forgotten."""
+        levels = {one.cause: one.level for one in self.pressures}
+        self.futile_causes = {cause for cause in self.futile_causes if levels.get(cause, 0.0) > 1}
+        if self.grown_for is not None and is_over:
+            if levels.get(self.grown_for.cause, 0.0) > HELPED * self.grown_for.level:
+                self.futile_causes.add(self.grown_for.cause)
+            self.grown_for = None
 
     def ask_no_more(self) -> None:
         """Serve has shown what it was asked for, or somebody else was quicker, or it never will."""

@@ -3,31 +3,37 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from cluster.autoscaler import Autoscaler, Command, autoscaler_config
+from cluster.autoscaler import Autoscaler, Command
 from cluster.config import ClusterConfig
-from cluster.errors import InvalidRequest, TriviumError
+from cluster.errors import InvalidRequest, NodeUnavailable, TriviumError
 from cluster.membership import READY, Membership, View
+from cluster.place import autoscaler_config
 from cluster.pool_readings import PoolReadings
-from cluster.ray_dashboard import RayDashboard, unanswered
-from cluster.scaling import EXPERTS, ChangeRole, PoolReading, PoolsReport, ScalePool
+from cluster.ray_dashboard import PoolTarget, RayDashboard, unanswered
+from cluster.scaling import EXPERTS, PARTNERS, ChangeRole, Hold, PoolReading, PoolsReport, ScalePool
 
 logger = logging.getLogger(__name__)
+
+RECALL_S = 10.0  # after its begin a coordinator believes what members say of holds
 
 
 class Scaler:
     """The acting half of the autoscaler; all in the coordinator's event loop."""
 
-    def __init__(self, config: ClusterConfig, membership: Membership, window: Any, shards_max: int):
-        """`window.dashboard()` tells where Ray's dashboard server is; more than `shards_max` have no use."""
-        self.autoscaler = Autoscaler(autoscaler_config(config))
+    def __init__(
+        self, config: ClusterConfig, membership: Membership, window: Any, shards_bounds: tuple[int, int]
+    ):
+        """`window.dashboard()` tells where Ray's dashboard server is; shards lie within their bounds."""
+        self.autoscaler = Autoscaler(autoscaler_config(config, shards_bounds[0]))
+        self._begun_s = time.monotonic()
         self._period_s = config.autoscaler.period_s
         self._membership = membership
         self._window = window
-        self._shards_max = shards_max
+        self._shards_bounds = shards_bounds
         self._readings = PoolReadings(config.decode.requests_max)
-        self._dashboard: RayDashboard | None = None
         self._starts: dict[str, tuple[int, int, float]] = {}  # by pool: count asked, nodes then ready, when
         self._changes: dict[str, tuple[str, float]] = {}  # by node: the kind that it is to be, asked when
         self._read: dict[str, PoolReading] = {}
@@ -47,27 +53,69 @@ class Scaler:
 
     async def look(self) -> None:
         """Read the pools, decide, and act; raises NodeUnavailable where Ray's server does not answer."""
-        targets = await self._server().targets()
+        async with self._server() as server:
+            targets = await server.targets()
+            await self._look(server, targets)
+
+    async def _look(self, server: RayDashboard, targets: Mapping[str, PoolTarget]) -> None:
         now_s = time.monotonic()
         view = self._membership.view(now_s)
         readings = self._readings.read(view, targets, self._slowness(), now_s)
         self._time(readings, view, now_s)
         for command in self.autoscaler.decide(readings, now_s):
-            await self._do(command, now_s)
+            await self._do(server, command, now_s)
 
     async def set_count(self, kind: str, count: int | None, by: str) -> None:
         """Set a pool's count, or keep the one it has, until released; or TriviumError."""
-        if kind == EXPERTS and count is not None and count > self._shards_max:
+        if kind == EXPERTS and count is not None:
+            self._check_shards(count)
+        async with self._server() as server:
+            if count is not None:
+                self._check_lent(kind, count)
+            before = next((hold for hold in self.autoscaler.holds if hold.kind == kind), None)
+            count = self.autoscaler.hold(kind, count, by, time.monotonic())
+            try:
+                await server.scale(kind, count)
+            except TriviumError:
+                self.autoscaler.put_back(kind, before)
+                raise
+
+    def _check_shards(self, count: int) -> None:
+        least, most = self._shards_bounds
+        if not least <= count <= most:
             raise InvalidRequest(
-                "TOO_MANY_SHARDS",
-                f"{count} shards cannot share {self._shards_max} experts",
+                "WRONG_SHARDS_COUNT",
+                f"{count} shards cannot hold the experts as the configuration wants them",
                 field="count",
-                limit=str(self._shards_max),
-                remedy="Ask for fewer shards.",
+                limit=f"{least} to {most}",
+                remedy="Ask for a count within the limit, or change experts.weights_bytes or replicas_min.",
             )
-        server = self._server()
-        count = self.autoscaler.hold(kind, count, by, time.monotonic())
-        await server.scale(kind, count)
+
+    def _check_lent(self, kind: str, count: int) -> None:
+        """Serve may end those that are at home: lent ones come back first. Or NodeUnavailable."""
+        reading = self._read.get(kind)
+        lent_count = reading.lent_count if reading is not None else 0
+        if count > lent_count or not lent_count or kind not in PARTNERS:
+            return
+        roles = self._membership.view(time.monotonic()).roles
+        called_count = sum(role == kind for role in roles.values())
+        for _ in range(lent_count - count + 1 - called_count):
+            self._membership.lend(PARTNERS[kind], kind)
+        raise NodeUnavailable(
+            "NODES_ARE_LENT",
+            f"{lent_count} of the {kind} nodes serve the other pool and are called home",
+            field="count",
+            limit=f"more than {lent_count} for now",
+            remedy="Ask again in a few seconds.",
+            retry_after_s=10.0,
+        )
+
+    def recall(self, holds: tuple[Hold, ...]) -> None:
+        """Take what members know of an earlier coordinator's holds, while this one has just begun."""
+        now_s = time.monotonic()
+        if now_s - self._begun_s <= RECALL_S:
+            for hold in holds:
+                self.autoscaler.recall(hold, now_s)
 
     def release(self, kind: str) -> None:
         """Let the load decide about a pool again; raises InvalidRequest."""
@@ -77,20 +125,14 @@ class Scaler:
         """All pools and the decisions of late."""
         return self.autoscaler.report(time.monotonic())
 
-    async def close(self) -> None:
-        """Let go of Ray's server."""
-        if self._dashboard is not None:
-            await self._dashboard.close()
-
     def _server(self) -> RayDashboard:
-        if self._dashboard is None:
-            access = self._window.dashboard()
-            if access is None:
-                raise unanswered("there is none")
-            self._dashboard = RayDashboard(access, self._window.application)
-        return self._dashboard
+        """Ray's server, wherever it is by now; raises NodeUnavailable where there is none."""
+        access = self._window.dashboard()
+        if access is None:
+            raise unanswered("there is none")
+        return RayDashboard(access, self._window.application)
 
-    async def _do(self, command: Command, now_s: float) -> None:
+    async def _do(self, server: RayDashboard, command: Command, now_s: float) -> None:
         match command:
             case ScalePool(kind, count, reason):
                 logger.warning("%s: %d actors from now on: %s", kind, count, reason)
@@ -98,12 +140,14 @@ class Scaler:
                 if count > reading.target_count:
                     more_count = count - reading.target_count
                     self._starts[kind] = (count, reading.ready_count + more_count, now_s)
-                await self._server().scale(kind, count)
+                await server.scale(kind, count)
             case ChangeRole(from_kind, to_kind, reason):
                 name = self._membership.lend(from_kind, to_kind)
-                logger.warning("%s becomes a %s node: %s", name or "nobody", to_kind, reason)
-                if name is not None:
-                    self._changes[name] = (to_kind, now_s)
+                if name is None:
+                    self.autoscaler.nobody_changes(command)
+                    return
+                logger.warning("%s becomes a %s node: %s", name, to_kind, reason)
+                self._changes[name] = (to_kind, now_s)
 
     def _time(self, readings: tuple[PoolReading, ...], view: View, now_s: float) -> None:
         """Tell the autoscaler how long starts and changes of role have taken."""

@@ -15,7 +15,7 @@ from kernels.transport.spans import Span, SpanLog
 logger = logging.getLogger(__name__)
 
 EXPORT_EVERY_S = 1.0
-EXPORT_TIMEOUT_S = 5.0
+EXPORT_TIMEOUT_S = 2.0
 NAMESPACE = "trivium"
 TRACES_PATH = "/v1/traces"
 OPERATION = "gen_ai.operation.name"  # on the span of a whole generation alone

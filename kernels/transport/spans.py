@@ -67,7 +67,6 @@ class SpanLog:
     """Spans that have ended in this process, until somebody takes them; the oldest go when nobody does."""
 
     def __init__(self) -> None:
-        self.dropped_count = 0
         self._spans: deque[Span] = deque(maxlen=SPANS_KEPT_MAX)
         self._lock = threading.Lock()
 
@@ -99,7 +98,6 @@ class SpanLog:
             attributes,
         )
         with self._lock:
-            self.dropped_count += len(self._spans) == SPANS_KEPT_MAX
             self._spans.append(span)
 
     def take(self) -> list[Span]:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaler import DASHBOARD, OBEYED_S, STUCK_S, Autoscaler, autoscaler_config
+from cluster.autoscaler import DASHBOARD, OBEYED_S, STUCK_S, Autoscaler
 from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest
+from cluster.place import autoscaler_config
 from cluster.pressure import pressures
 from cluster.scaling import AutoscalerConfig, ChangeRole, PoolLimits, PoolReading, ScalePool
 
@@ -290,13 +291,74 @@ def test_counts_set_in_quick_succession_are_all_ours():
     assert (state(one, "decode").hold.count, state(one, "decode").hold.by) == (5, DASHBOARD)
 
 
-def test_a_call_that_was_lost_leaves_the_hold_at_what_there_is():
+def test_a_call_that_was_lost_is_made_again_for_a_hold():
+    for is_enabled in (True, False):
+        one = autoscaler(is_enabled=is_enabled)
+        one.target_seen("decode", 2, 0.0)
+        one.hold("decode", 6, "somebody", 1.0)
+        [command] = one.decide([decode(now_s=OBEYED_S + 2)], OBEYED_S + 2)
+        assert (command.kind, command.count) == ("decode", 6)
+        assert state(one, "decode").hold.count == 6
+        assert any("Serve did not do it" in one.reason for one in one.report(0.0).decisions)
+
+
+def test_a_hold_that_could_not_be_asked_for_is_as_if_it_never_was():
     one = autoscaler()
     one.target_seen("decode", 2, 0.0)
     one.hold("decode", 6, "somebody", 1.0)
-    one.target_seen("decode", 2, OBEYED_S + 2)
-    assert state(one, "decode").hold.count == 2
-    assert "Serve did not do it" in one.report(0.0).decisions[0].reason
+    one.put_back("decode", None)
+    assert state(one, "decode").hold is None
+    assert one.decide([decode(now_s=2.0)], 2.0) == []
+    assert state(one, "decode").target_count == 2
+
+
+def test_a_new_coordinator_takes_holds_that_it_is_told_and_its_own_are_better():
+    before, one = autoscaler(), autoscaler()
+    before.hold("decode", 6, "somebody", 1.0)
+    before.hold("prefill", 3, "somebody", 1.0)
+    one.hold("prefill", 5, "another", 1.0)
+    for hold in before.holds:
+        one.recall(hold, 2.0)
+    assert {hold.kind: hold.count for hold in one.holds} == {"decode": 6, "prefill": 5}
+    [command] = [c for c in one.decide([decode(now_s=3.0)], 3.0) if c.kind == "decode"]
+    assert command.count == 6, "and keeps them"
+
+
+def test_growth_that_did_not_help_is_not_repeated():
+    """Slow experts make decode slow too, and more decode nodes make them slower."""
+    one, count, counts = autoscaler(), 2, []
+    for second in range(0, 400, 2):
+        slow = decode(count, pages=5, now_s=float(second), requests_count=9, inter_token_s=0.15)
+        for command in one.decide([slow], float(second)):
+            count = command.count
+        counts.append(count)
+    assert max(counts) == 3, "one more was tried"
+    assert count < 3, "and it went again"
+    assert "did not help" in state(one, "decode").outlook
+
+
+def test_growth_that_helped_is_repeated():
+    one, count = autoscaler(), 2
+    for second in range(0, 200, 2):
+        latency_s = 0.5 / count
+        one_look = decode(count, pages=75, now_s=float(second), requests_count=40, inter_token_s=latency_s)
+        for command in one.decide([one_look], float(second)):
+            count = command.count
+    assert count == 5
+
+
+def test_a_role_that_nobody_can_change_is_not_waited_for():
+    one = autoscaler()
+    one.timed(start_s=20.0, role_change_s=1.0)
+    for second in range(0, 14, 2):
+        now_s = float(second)
+        pages = 20 if second < 12 else 95
+        commands = one.decide([decode(pages=pages, now_s=now_s), prefill(busy=0.1, now_s=now_s)], now_s)
+    [change] = commands
+    assert isinstance(change, ChangeRole)
+    one.nobody_changes(change)
+    [command] = one.decide([decode(pages=95, now_s=24.0), prefill(busy=0.8, now_s=24.0)], 24.0)
+    assert isinstance(command, ScalePool)
 
 
 @pytest.mark.parametrize(("count", "decisions_count"), [(2, 0), (5, 1)])

@@ -181,3 +181,32 @@ def test_a_dump_is_a_configuration_again():
     config = load_config(LOCAL)
     text = yaml.safe_dump(config.model_dump(mode="json"))
     assert check_config(yaml.safe_load(text), source="dump", folder=Path("/")) == config
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"decode": {"count_min": 4, "count_max": 2}}, "decode.count: its least, 4, is above its most, 2"),
+        ({"experts": {"shards_min": 3}}, "experts.shards_count: its least, 3, is above its most, 2"),
+        ({"decode": {"count": 16}, "autoscaler": {"enabled": True}}, "decode.count is 16"),
+        ({"prefill": {"count_min": 2}, "autoscaler": {"enabled": True}}, "prefill.count is 1"),
+    ],
+)
+def test_counts_lie_within_their_bounds(sections, said, tmp_path):
+    with pytest.raises(InvalidConfig) as caught:
+        check_config({"model": {"folder": "x"}, **sections}, "test", tmp_path)
+    assert said in str(caught.value)
+
+
+def test_without_autoscaler_people_count_as_they_like(tmp_path):
+    check_config({"model": {"folder": "x"}, "decode": {"count": 16}}, "test", tmp_path)
+
+
+def test_a_path_through_links_stays_as_it_was_named(tmp_path):
+    """Where a folder is mounted, what its links lead to has another name a moment later, or elsewhere."""
+    (tmp_path / "..2026").mkdir()
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "secrets").symlink_to("..data/secrets")
+    values = {"model": {"folder": "x"}, "gateway": {"token_file": "secrets/gateway-token"}}
+    config = check_config(values, "test", tmp_path)
+    assert config.gateway.token_file == tmp_path / "secrets/gateway-token"

@@ -245,6 +245,9 @@ def test_which_tokens_open_which_service():
     assert [both.accepted(service) for service in OPERATORS_SERVICES] == [("o",), ("o",)]
     assert {service.rpartition(".")[2] for service in OPERATORS_SERVICES} == {"Experts", "Operations"}
     assert Tokens("c").accepted(OPERATORS_SERVICES[0]) == Tokens("c").accepted(SERVICE) == ("c",)
+    assert Tokens("c", page="p").accepted(OPERATORS_SERVICES[0]) == ("p",), "clients are no operators"
+    assert Tokens("c", page="p").accepted(SERVICE) == ("c", "p"), "operators are clients too"
+    assert Tokens(page="p").accepted(OPERATORS_SERVICES[0]) == (), "where nobody has a token all is open"
     own = Tokens(None, "o")
     assert own.accepted(SERVICE) == () and own.accepted(OPERATORS_SERVICES[0]) == ("o",)
     assert Tokens().accepted(SERVICE) == Tokens().accepted(OPERATORS_SERVICES[1]) == ()

@@ -7,6 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from cluster import http_server
 from cluster.errors import InvalidConfig
 from cluster.http_server import HttpServer, metrics_application
 
@@ -75,5 +76,30 @@ def test_probes_hear_whether_a_request_would_be_served():
                 async with session.get(f"http://{server.address}/healthz") as answer:
                     assert answer.status == status
         await server.stop()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_lasts_begins_when_its_port_is_free(monkeypatch):
+    monkeypatch.setattr(http_server, "TRY_EVERY_S", 0.02)
+
+    async def run() -> None:
+        first = await HttpServer.started(application(), HOST, 0, "operations.port")
+        port = int(first.address.rpartition(":")[2])
+        second = http_server.LastingServer(application, HOST, port, "operations.port")
+        await second.begin()
+        assert second.address == ""
+        await first.stop()
+        async with asyncio.timeout(5):
+            while not second.address:
+                await asyncio.sleep(0.01)
+        url = f"http://{second.address}/metrics"
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            assert answer.status == 200
+        await second.stop()
+        third = http_server.LastingServer(application, HOST, port, "operations.port")
+        await third.begin()
+        assert third.address == f"{HOST}:{port}"
+        await third.stop()
 
     asyncio.run(run())

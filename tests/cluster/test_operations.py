@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_classic
 
+from cluster import http_server
 from cluster import operations as operations_module
 from cluster.config import check_config
-from cluster.errors import InvalidConfig
 from cluster.membership import Membership
 from cluster.operations import BY_PAGE, Operations
 from cluster.place import Place
@@ -42,7 +42,7 @@ class House:
         config, model = check_config(values, "test", Path.cwd()), ModelConfig.from_folder(FOLDER)
         planner = Planner.of_model(model, PlanConfig())
         self.membership = Membership(model, 1, planner, RebalanceConfig(), expert_bytes=1)
-        self.scaler = Scaler(config, self.membership, window, 16)
+        self.scaler = Scaler(config, self.membership, window, (1, 16))
         self.operations = Operations(Place(config, "secret", "", TOKEN), self.membership, self.scaler, window)
         self.ray, self.window = ray, window
 
@@ -69,7 +69,6 @@ async def house(**section: object) -> AsyncIterator[House]:
             yield made
         finally:
             await made.operations.stop()
-            await made.scaler.close()
 
 
 async def read(url: str, method: str = "GET", **arguments: object) -> tuple[int, str, str]:
@@ -131,8 +130,6 @@ def test_what_people_do_on_the_page_reaches_ray():
             assert await say(verb="hold") == 200 and hold().count == 4
             assert await say(verb="set", count=0) == 400 and hold().count == 4
             one.window.access = None
-            await one.scaler.close()
-            one.scaler._dashboard = None
             assert await say(verb="set", count=5) == 503 and hold().count == 4
 
     asyncio.run(run())
@@ -239,12 +236,30 @@ def test_switched_off_there_is_no_page_but_a_line_and_rays_exporter(hurried, hea
     asyncio.run(run())
 
 
-def test_a_taken_port_is_told_by_its_key():
+def test_a_taken_port_ends_nothing_and_is_served_once_it_is_free(hurried, monkeypatch):
+    monkeypatch.setattr(http_server, "TRY_EVERY_S", 0.02)
+
     async def run() -> None:
+        taken = socket.create_server(("127.0.0.1", 0))
+        async with house(port=taken.getsockname()[1]) as one:
+            assert one.operations.page == ""
+            await until(lambda: one.window.published)
+            taken.close()
+            await until(lambda: one.operations.page)
+            assert (await read(f"{one.address}/healthz"))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_stopped_while_its_port_is_taken_it_tries_no_more(monkeypatch):
+    monkeypatch.setattr(http_server, "TRY_EVERY_S", 0.02)
+
+    async def run() -> None:
+        before = asyncio.all_tasks()
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            with pytest.raises(InvalidConfig) as caught:
-                async with house(port=taken.getsockname()[1]):
-                    pass
-            assert caught.value.field == "operations.port"
+            async with house(port=taken.getsockname()[1]) as one:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)
+        assert one.operations.page == "" and asyncio.all_tasks() == before
 
     asyncio.run(run())

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_post_from_its_first_heartbeat_to_its_last(place, transformer, kind: s
         assert ready.loaded_share == 1.0 and ready.pid and ready.host
         await post.close()
         assert coordinator.states(post.name) == [STARTING, READY, DRAINING]
-        assert coordinator.left == [post.name] and not post.node.is_alive and not post.has_died
+        assert coordinator.left == [post.name] and post.node is None and not post.has_died
 
     asyncio.run(run())
 
@@ -245,19 +246,25 @@ def test_an_actor_becomes_the_other_kind_with_the_weights_it_has_and_goes_home_a
             weights = actor._transformer
             [first] = actor.posts
             assert (first.kind, first.pool) == ("prefill", "prefill")
+            old_cache = weakref.ref(first.node.cache)
             coordinator.roles = {first.name: "decode"}
-            await until(lambda: actor.posts[0].kind == "decode" and actor.posts[0].state == READY)
+            await until(
+                lambda: actor.posts and actor.posts[0].kind == "decode" and actor.posts[0].state == READY
+            )
             [second] = actor.posts
             assert coordinator.states(first.name)[-2:] == [READY, DRAINING] and coordinator.left == [
                 first.name
             ]
             assert actor._transformer is weights and second.name != first.name
+            assert old_cache() is None, "the old node's latents are gone"
             await until(lambda: coordinator.last(second.name).state == READY)
             told = coordinator.last(second.name)
             assert (told.kind, told.pool) == ("decode", "prefill"), "it is lent"
             await actor.check_health()
             coordinator.roles = {second.name: "prefill"}
-            await until(lambda: actor.posts[0].kind == "prefill" and actor.posts[0].state == READY)
+            await until(
+                lambda: actor.posts and actor.posts[0].kind == "prefill" and actor.posts[0].state == READY
+            )
             await actor.check_health()
             names = [first.name, second.name, actor.posts[0].name]
         assert coordinator.left == names
