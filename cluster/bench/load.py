@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import numpy
 
-from cluster.bench.lengths import draw_lengths
-from cluster.bench.settings import PROFILES, REQUESTS_COUNT_MAX, LoadSettings, refused
+from cluster.bench.lengths import draw_lengths, mean_of
+from cluster.bench.settings import PROFILES, REQUESTS_COUNT_MAX, LengthShape, LoadSettings, refused
 from cluster.bench.workload import (
     ModelLimits,
     PlannedRequest,
     Workload,
     check_sizes,
     fit_lengths,
+    notes_of_single_tokens,
     scaled_block_tokens,
 )
 
@@ -22,6 +23,7 @@ DURATION_S = 30.0
 FORKS_COUNT = 6  # the tree forks in two at each of its first blocks: 64 prefixes that begin alike
 POPULARITY = 3.0  # how uneven: at 3 the first prefix has a quarter of all requests, the last 1 in 190
 SEED_END = 2**63
+MEAN_MISS_MAX = 0.01
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,34 @@ def plan_load(settings: LoadSettings, model: ModelLimits) -> Workload:
     check_sizes(requests)
     cut_count = sum(before != after for before, after in zip(drawn, fitted, strict=True))
     duration_s = settings.duration_s or DURATION_S
-    return Workload(settings.profile, requests, duration_s, block_tokens, settings.seed, cut_count)
+    notes = (*notes_of_means(settings), *notes_of_single_tokens(requests))
+    return Workload(settings.profile, requests, duration_s, block_tokens, settings.seed, cut_count, notes)
 
 
 def draw_pairs(
     settings: LoadSettings, count: int, generator: numpy.random.Generator
 ) -> list[tuple[int, int]]:
     """Tokens of prompt and output, as many pairs as asked for, before they are cut to a context."""
-    profile = PROFILES[settings.profile]
-    prompts = draw_lengths(settings.prompt or profile.prompt, settings.scale, count, generator)
-    outputs = draw_lengths(settings.output or profile.output, settings.scale, count, generator)
+    prompts, outputs = (
+        draw_lengths(shape, settings.scale, count, generator) for shape in shapes_of(settings).values()
+    )
     return list(zip(prompts.tolist(), outputs.tolist(), strict=True))
+
+
+def shapes_of(settings: LoadSettings) -> dict[str, LengthShape]:
+    """How long prompts and outputs shall be, in this order, before scaling."""
+    profile = PROFILES[settings.profile]
+    return {"prompts": settings.prompt or profile.prompt, "outputs": settings.output or profile.output}
+
+
+def notes_of_means(settings: LoadSettings) -> list[str]:
+    """A note for each of both whose mean cannot be what was asked for."""
+    return [
+        f"{kind} have a mean of {mean_of(shape):.0f} tokens before scaling and not of {shape.mean:.0f}: "
+        f"with a p50 of {shape.p50:.0f} and a p99 of {shape.p99:.0f} no lognormal has that."
+        for kind, shape in shapes_of(settings).items()
+        if abs(mean_of(shape) / shape.mean - 1) > MEAN_MISS_MAX
+    ]
 
 
 def prefix_share_of(settings: LoadSettings) -> float:

@@ -23,11 +23,13 @@ from cluster.bench.report import (
 
 SECONDS_COUNT_MAX = 600
 QUANTILES_COUNT = 201
+P99_SAMPLES_MIN = 100  # with fewer the p99 of a bucket is its maximum
 TIMINGS = ("queued_s", "prefill_s", "transfer_s", "decode_s", "total_s")
 
 
 def measure(name: str, started_at: str, run: Run, slo_ttft_s: float, slo_itl_s: float) -> Report:
     """The report of a run."""
+    gaps = token_gaps_s(run.records)
     return Report(
         name=name,
         started_at=started_at,
@@ -35,14 +37,12 @@ def measure(name: str, started_at: str, run: Run, slo_ttft_s: float, slo_itl_s: 
         offer=measure_offer(run),
         outcomes=count_outcomes(run.records),
         throughput=measure_throughput(run),
-        latency=measure_latency(run.records),
+        latency=measure_latency(run.records, gaps[1]),
         goodput=measure_goodput(run, slo_ttft_s, slo_itl_s),
         server=measure_server(run.records),
         sender=Sender(spread([record.sent_at_s - record.planned.at_s for record in run.records])),
-        seconds=measure_seconds(run),
-        quantiles=Quantiles(
-            *map(quantiles, (ttfts_s(run.records), token_gaps_s(run.records)[1], e2es_s(run.records)))
-        ),
+        seconds=measure_seconds(run, gaps),
+        quantiles=Quantiles(*map(quantiles, (ttfts_s(run.records), gaps[1], e2es_s(run.records)))),
     )
 
 
@@ -58,6 +58,7 @@ def measure_offer(run: Run) -> Offer:
         offered_per_s=rate(len(run.records), duration_s),
         prompt_tokens=spread([record.planned.prompt_tokens_count for record in run.records]),
         output_tokens=spread([record.planned.output_tokens_count for record in run.records]),
+        notes=list(run.workload.notes),
     )
 
 
@@ -97,15 +98,15 @@ def measure_throughput(run: Run) -> Throughput:
     )
 
 
-def measure_latency(records: Sequence[RequestRecord]) -> Latency:
-    """How long clients waited."""
+def measure_latency(records: Sequence[RequestRecord], gaps_s: numpy.ndarray) -> Latency:
+    """How long clients waited, with the inter-token latencies `[tokens]`."""
     by_priority: dict[int, list[RequestRecord]] = {}
     for record in records:
         by_priority.setdefault(record.planned.priority, []).append(record)
     spreads = {str(key): spread(ttfts_s(by_priority[key])) for key in sorted(by_priority)}
     return Latency(
         ttft_s=spread(ttfts_s(records)),
-        itl_s=spread(token_gaps_s(records)[1]),
+        itl_s=spread(gaps_s),
         e2e_s=spread(e2es_s(records)),
         ttft_s_by_priority={key: value for key, value in spreads.items() if value is not None},
     )
@@ -136,8 +137,8 @@ def measure_server(records: Sequence[RequestRecord]) -> ServerTiming:
     return ServerTiming(**{key: spread([getattr(timing, key) for timing in timings]) for key in TIMINGS})
 
 
-def measure_seconds(run: Run) -> Seconds:
-    """The run in buckets of a second, or of several if it was long."""
+def measure_seconds(run: Run, gaps: tuple[numpy.ndarray, numpy.ndarray]) -> Seconds:
+    """The run in buckets of a second, or of several if it was long; `gaps` as of `token_gaps_s`."""
     end_s = max(measured_s(run), 1e-3)
     width_s = float(max(1, int(numpy.ceil(end_s / SECONDS_COUNT_MAX))))
     edges = numpy.arange(int(numpy.ceil(end_s / width_s)) + 1) * width_s
@@ -145,13 +146,12 @@ def measure_seconds(run: Run) -> Seconds:
     offered = count_in([record.planned.at_s for record in run.records], edges)
     done = count_in([at_s for at_s, outcome in ended if outcome == COMPLETED], edges)
     not_done = count_in([at_s for at_s, outcome in ended if outcome != COMPLETED], edges)
-    times_s, gaps_s = token_gaps_s(run.records)
     answered = [record for record in run.records if record.token_times_s]
     first_times_s = numpy.array([record.token_times_s[0] for record in answered])
     token_times_s = numpy.concatenate([numpy.array(record.token_times_s) for record in answered] or [[]])
     token_counts = numpy.concatenate([numpy.array(record.token_counts) for record in answered] or [[]])
     ttft_p50, ttft_p99 = percentiles_in(first_times_s, numpy.array(ttfts_s(run.records)), edges)
-    itl_p50, itl_p99 = percentiles_in(times_s, gaps_s, edges)
+    itl_p50, itl_p99 = percentiles_in(*gaps, edges)
     return Seconds(
         width_s=width_s,
         offered=offered.tolist(),
@@ -187,13 +187,17 @@ def peaks_in(starts_s: Sequence[float], ends_s: Sequence[float], edges: numpy.nd
 def percentiles_in(
     times_s: numpy.ndarray, values: numpy.ndarray, edges: numpy.ndarray
 ) -> tuple[list[float | None], list[float | None]]:
-    """p50 and p99 of the values whose times lie in each bucket; None in an empty one."""
+    """p50 and p99 of the values whose times lie in each bucket; None in one with too few of them."""
     order = numpy.argsort(times_s, kind="stable")
     borders = numpy.searchsorted(times_s[order], edges)
-    buckets = [values[order][low:high] for low, high in pairwise(borders)]
-    p50 = [float(numpy.percentile(bucket, 50)) if len(bucket) else None for bucket in buckets]
-    p99 = [float(numpy.percentile(bucket, 99)) if len(bucket) else None for bucket in buckets]
-    return p50, p99
+    ordered = values[order]
+    buckets = [ordered[low:high] for low, high in pairwise(borders)]
+    return percentiles(buckets, 50, 1), percentiles(buckets, 99, P99_SAMPLES_MIN)
+
+
+def percentiles(buckets: Sequence[numpy.ndarray], of: float, count_min: int) -> list[float | None]:
+    """One percentile of each bucket; None where it has fewer values."""
+    return [float(numpy.percentile(bucket, of)) if len(bucket) >= count_min else None for bucket in buckets]
 
 
 def token_gaps_s(records: Sequence[RequestRecord]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -214,7 +218,7 @@ def ttfts_s(records: Sequence[RequestRecord]) -> list[float]:
 
 def e2es_s(records: Sequence[RequestRecord]) -> list[float]:
     """Of every request that completed."""
-    return [record.ended_at_s - record.sent_at_s for record in completed(records)]
+    return [record.e2e_s for record in completed(records) if record.e2e_s is not None]
 
 
 def completed(records: Sequence[RequestRecord]) -> list[RequestRecord]:

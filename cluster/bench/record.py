@@ -16,7 +16,10 @@ OUTCOME_OF_ERROR = {"Overloaded": SHED, "DeadlinePassed": EXPIRED, "Cancelled": 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request as its client saw it; `token_times_s` and `token_counts` are deliveries."""
+    """One request as its client saw it; `token_times_s` and `token_counts` are deliveries.
+
+    Its latencies count from when it was due: what it waited in a late client it waited all the same.
+    """
 
     planned: PlannedRequest
     sent_at_s: float
@@ -39,8 +42,13 @@ class RequestRecord:
 
     @property
     def ttft_s(self) -> float | None:
-        """From sending to the first token; None without one."""
-        return self.token_times_s[0] - self.sent_at_s if self.token_times_s else None
+        """From when the request was due to the first token; None without one."""
+        return self.token_times_s[0] - self.planned.at_s if self.token_times_s else None
+
+    @property
+    def e2e_s(self) -> float | None:
+        """From when the request was due to its end; None without one."""
+        return self.ended_at_s - self.planned.at_s if self.ended_at_s is not None else None
 
     @property
     def itl_s(self) -> float | None:

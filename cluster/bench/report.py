@@ -21,7 +21,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Offer:
-    """The load: counts and lengths as planned, of requests that were sent."""
+    """The load: counts and lengths as planned, of requests that were sent; notes on what it could not be."""
 
     name: str
     seed: int
@@ -31,6 +31,7 @@ class Offer:
     offered_per_s: float
     prompt_tokens: Spread | None
     output_tokens: Spread | None
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Throughput:
 class Latency:
     """As the client saw it, of requests that got so far.
 
-    `ttft_s`: sending to first token. `itl_s`: one token to the next; a delivery of several tokens shares its
-    gap among them. `e2e_s`: sending to the end, of completed requests.
+    `ttft_s`: when it was due to first token. `itl_s`: one token to the next; a delivery of several tokens
+    shares its gap among them. `e2e_s`: when it was due to the end, of completed requests.
     """
 
     ttft_s: Spread | None
@@ -95,7 +96,7 @@ class Goodput:
 
 @dataclass(frozen=True)
 class Sender:
-    """How late the load generator itself was: sending after what was planned."""
+    """How late the load generator itself was: sending after what was due, which latencies include."""
 
     lateness_s: Spread | None
 
@@ -104,7 +105,8 @@ class Sender:
 class Seconds:
     """The run over time: entry `i` is of the time from `i` to `i + 1` times `width_s`.
 
-    Counts are of the whole entry; `in_flight` is the most at once; latencies are of tokens that came in it.
+    Counts are of the whole entry; `in_flight` is the most at once; latencies are of tokens that came in it,
+    with a p99 only of a hundred or more.
     """
 
     width_s: float

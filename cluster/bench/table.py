@@ -40,10 +40,12 @@ def warnings(reports: Sequence[Report]) -> list[str]:
         lateness, offer = report.sender.lateness_s, report.offer
         if lateness is not None and lateness.p99 > LATENESS_S_MAX:
             late = f"requests were sent up to {lateness.p99 * 1e3:.0f} ms late (p99)"
-            said.append(f"{report.name}: {late}: the load generator had too little CPU.")
+            why = "the load generator had too little CPU, and latencies include it"
+            said.append(f"{report.name}: {late}: {why}.")
         if offer.cut_count:
             cut = f"{offer.cut_count} of {offer.planned_count} requests were cut to the model's context"
             said.append(f"{report.name}: {cut}; a smaller --scale keeps their shape.")
+        said += [f"{report.name}: {note}" for note in offer.notes]
         if report.was_interrupted:
             said.append(f"{report.name}: interrupted; requests in flight count as cancelled.")
     return said

@@ -5,6 +5,7 @@ if it likes, `priority`. Equal ids become equal blocks of tokens, so that prefix
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from cluster.bench.workload import (
     Workload,
     check_sizes,
     fit_lengths,
+    notes_of_single_tokens,
     scaled_block_tokens,
 )
 from cluster.errors import InvalidRequest
@@ -60,9 +62,12 @@ def plan_trace(path: Path, settings: LoadSettings, model: ModelLimits) -> Worklo
         seed = settings.seed + number
         planned.append(PlannedRequest(at_s, tuple(line.hash_ids), *lengths, seed, line.priority))
     check_sizes(planned)
-    duration_s = settings.duration_s or max(1.0, planned[-1].at_s)
+    longest_s = math.inf if settings.duration_s is None else settings.duration_s
+    is_cut = len(planned) < len(lines)  # one that ended before offers nothing after its end
+    duration_s = longest_s if is_cut else min(longest_s, max(1.0, planned[-1].at_s))
     block_tokens = scaled_block_tokens(settings.scale)
-    return Workload(path.stem, tuple(planned), duration_s, block_tokens, settings.seed, cut_count)
+    notes = tuple(notes_of_single_tokens(planned))
+    return Workload(path.stem, tuple(planned), duration_s, block_tokens, settings.seed, cut_count, notes)
 
 
 def scaled(length: int, scale: float) -> int:

@@ -12,6 +12,7 @@ BLOCK_TOKENS = 512  # of a full-sized model; scaled as lengths are
 OWN_BLOCK = 1 << 63  # ids from here on belong to one request alone
 OWN_BLOCKS_COUNT_MAX = 1 << 40
 BLOCK_ID_MAX = (1 << 62) - 1
+SINGLE_TOKENS_SHARE_MAX = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,10 @@ class PlannedRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests by time; the same seed and plan give the same tokens. `cut_count` were made to fit."""
+    """Requests by time; the same seed and plan give the same tokens. `cut_count` were made to fit.
+
+    `notes` say in what else the plan is not what was asked for.
+    """
 
     name: str
     requests: tuple[PlannedRequest, ...]
@@ -36,6 +40,7 @@ class Workload:
     block_tokens: int
     seed: int
     cut_count: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,15 @@ def fit_lengths(prompt: int, output: int, context_tokens_max: int) -> tuple[int,
     """Lengths cut to a context: outputs to half of it, then prompts to the rest."""
     output = min(output, max(1, context_tokens_max // 2))
     return min(prompt, max(1, context_tokens_max - output)), output
+
+
+def notes_of_single_tokens(requests: Sequence[PlannedRequest]) -> list[str]:
+    """A note if many outputs are one token alone, which tell nothing of the time from token to token."""
+    share = sum(request.output_tokens_count == 1 for request in requests) / len(requests)
+    if share <= SINGLE_TOKENS_SHARE_MAX:
+        return []
+    told = f"{share:.0%} of outputs are a single token and have no inter-token latency"
+    return [f"{told}; a larger --scale makes them longer."]
 
 
 def check_sizes(requests: Sequence[PlannedRequest]) -> None:

@@ -112,6 +112,19 @@ def test_what_does_not_fit_is_cut_and_counted():
     assert plan_load(settings, MODEL).cut_count > 580
 
 
+def notes_of(**settings) -> str:
+    """What is told of a plan."""
+    return " ".join(plan_load(LoadSettings(rate_per_s=20.0, **settings), MODEL).notes)
+
+
+def test_what_cannot_be_as_asked_is_told():
+    assert "outputs have a mean of 161 tokens before scaling and not of 211" in notes_of()
+    assert "% of outputs are a single token" in notes_of(profile="azure-code")
+    assert notes_of(profile="mooncake-conversation", scale=1 / 16) == ""
+    assert notes_of(output=LengthShape(100, 100, 100), scale=1 / 16) == ""
+    assert notes_of(output=LengthShape(20, 1000, 2000)).startswith("outputs have a mean of")
+
+
 def test_too_much_is_refused():
     with pytest.raises(InvalidRequest, match="--rate"):
         plan_load(LoadSettings(rate_per_s=1e5, duration_s=3600.0), MODEL)

@@ -1,6 +1,7 @@
 """Numbers of hand-made runs, worked out by hand."""
 
 import json
+import time
 from dataclasses import fields
 
 import numpy
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from cluster.bench.measure import measure, peaks_in, spread
+from cluster.bench.measure import measure, peaks_in, percentiles_in, spread
 from cluster.bench.report import Report, Spread, to_json
 from cluster.bench.table import rows, warnings
 from tests.cluster.bench.records import finished, planned, refused, run_of, small_run
@@ -48,11 +49,43 @@ def test_every_end_is_counted_apart():
 def test_latencies_are_of_tokens_and_not_of_deliveries():
     run = run_of(finished(planned(0.0), 0.1, [(0.6, 2), (0.7, 1), (1.0, 3)]))
     latency = report_of(run).latency
-    assert latency.ttft_s.mean == pytest.approx(0.5)
     assert latency.itl_s.count == 4
     assert latency.itl_s.mean == pytest.approx(0.1)
-    assert latency.e2e_s.max == pytest.approx(0.9)
     assert run.records[0].itl_s == pytest.approx(0.1)
+
+
+def test_latencies_count_from_when_a_request_was_due():
+    run = run_of(finished(planned(1.0), 1.75, [(2.0, 1), (2.5, 3)]))  # sent late
+    report = report_of(run, slo_ttft_s=0.5)
+    assert report.latency.ttft_s.mean == pytest.approx(1.0)
+    assert report.latency.e2e_s.max == pytest.approx(1.5)
+    assert report.goodput.good == 0
+    assert report.server.total_s.max == pytest.approx(0.75)
+
+
+def test_a_bucket_of_few_has_no_p99():
+    few = [finished(planned(index / 100), index / 100, [(1.5, 1)]) for index in range(99)]
+    assert report_of(run_of(*few)).seconds.ttft_p99_s == [None] * 10
+    many = report_of(run_of(*few, finished(planned(0.99), 0.99, [(1.5, 1)]))).seconds
+    assert many.ttft_p50_s[1] < many.ttft_p99_s[1] < 1.5
+
+
+def test_percentiles_are_those_of_their_buckets():
+    generator = numpy.random.default_rng(1)
+    times_s, values = generator.random(5000) * 4, generator.random(5000)
+    p50, p99 = percentiles_in(times_s, values, numpy.arange(6.0))
+    for second in range(4):
+        inside = values[(times_s >= second) & (times_s < second + 1)]
+        assert (p50[second], p99[second]) == tuple(numpy.percentile(inside, [50, 99]).tolist())
+    assert (p50[4], p99[4]) == (None, None)
+
+
+def test_long_runs_are_read_in_moderate_time():
+    generator = numpy.random.default_rng(1)
+    times_s, values = generator.random(2_000_000) * 600, generator.random(2_000_000)
+    started = time.process_time()
+    percentiles_in(times_s, values, numpy.arange(601.0))
+    assert time.process_time() - started < 5
 
 
 def test_rates_shares_and_lateness():
@@ -75,7 +108,7 @@ def test_the_run_second_by_second():
     assert seconds.not_completed == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert seconds.in_flight == [1, 1, 1, 2, 3, 1, 1, 1, 0, 0]
     assert seconds.output_tokens == [4, 4, 0, 1, 7, 0, 0, 0, 0, 0]
-    assert seconds.ttft_p50_s[:3] == [pytest.approx(0.5), pytest.approx(0.2), None]
+    assert seconds.ttft_p50_s[:3] == [pytest.approx(0.501), pytest.approx(0.2), None]
     assert seconds.itl_p99_s[1] is None
 
 

@@ -51,8 +51,24 @@ def test_a_trace_is_replayed(write):
 
 
 def test_a_duration_ends_it_early(write):
-    path = write(GOOD, GOOD | {"timestamp": 1999}, GOOD | {"timestamp": 2000})
-    assert len(plan_trace(path, LoadSettings(duration_s=2.0), MODEL).requests) == 2
+    path = write(GOOD, GOOD | {"timestamp": 1999}, GOOD | {"timestamp": 20_000})
+    workload = plan_trace(path, LoadSettings(duration_s=5.0), MODEL)
+    assert (len(workload.requests), workload.duration_s) == (2, 5.0)
+
+
+def test_a_trace_that_ends_before_its_duration_offered_nothing_after(write):
+    path = write(GOOD, GOOD | {"timestamp": 4000})
+    assert plan_trace(path, LoadSettings(duration_s=60.0), MODEL).duration_s == 4.0
+    assert plan_trace(path, LoadSettings(duration_s=4.0), MODEL).duration_s == 4.0
+    assert plan_trace(path, LoadSettings(duration_s=60.0, speed=100), MODEL).duration_s == 1.0
+    assert plan_trace(path, LoadSettings(duration_s=0.5, speed=100), MODEL).duration_s == 0.5
+
+
+def test_a_trace_of_single_tokens_is_told(write):
+    path = write(GOOD, GOOD)
+    [note] = plan_trace(path, LoadSettings(), MODEL).notes
+    assert note.startswith("100% of outputs are a single token")
+    assert plan_trace(path, LoadSettings(scale=1.0), MODEL).notes == ()
 
 
 @given(
