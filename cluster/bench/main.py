@@ -19,7 +19,7 @@ from cluster.bench.measure import measure
 from cluster.bench.page import write
 from cluster.bench.progress import progress_of
 from cluster.bench.report import Report, to_json
-from cluster.bench.run import Live, prepare, run_workload
+from cluster.bench.run import Live, prepare, run_workload, warm_up
 from cluster.bench.serving import Target, serving
 from cluster.bench.settings import BenchSettings, from_json, refused
 from cluster.bench.table import as_table, warnings
@@ -36,26 +36,26 @@ console = Console()
 aside = Console(stderr=True)
 
 
-async def bench(settings: BenchSettings, targets: Sequence[tuple[str, Opening]]) -> list[Report]:
-    """Run one workload against one cluster after the other; raises TriviumError.
+async def bench(
+    settings: BenchSettings, targets: Sequence[tuple[str, Opening]], reports: list[Report]
+) -> None:
+    """Run one workload against one cluster after the other, adding a report of each; raises TriviumError.
 
     A cancellation ends the run there is, which is still reported, and leaves out the rest.
     """
-    reports: list[Report] = []
     workload = None
     for name, opening in targets:
         try:
             async with opening() as target:
                 report, workload = await bench_one(name, target, settings, workload)
+                reports.append(report)
         except asyncio.CancelledError:
             if not reports:
                 raise
             asyncio.current_task().uncancel()
             break
-        reports.append(report)
         if report.was_interrupted:
             break
-    return reports
 
 
 async def bench_one(
@@ -72,6 +72,7 @@ async def bench_one(
             raise refused(
                 "CONFIG", message, "models that can be sent the same requests", "Compare like with like."
             )
+        await warm_up(workload, clients, model, settings.timeout_s)
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         live = Live(len(workload.requests))
         async with progress_of(name, live, aside):
@@ -115,22 +116,29 @@ def status_of(reports: Sequence[Report]) -> int:
     return 0 if all(report.outcomes.completed for report in reports) else 1
 
 
-async def bench_until_told(settings: BenchSettings) -> list[Report]:
+async def bench_until_told(settings: BenchSettings, reports: list[Report]) -> None:
     """Run it all; whatever ends this process early ends the clusters that it started."""
     work, loop = asyncio.current_task(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, work.cancel)
-    return await bench(settings, targets_of(settings))
+    await bench(settings, targets_of(settings), reports)
 
 
 def main(settings_json: str) -> None:
-    """Run a benchmark and tell of it."""
+    """Run a benchmark and tell of it; of what there is, if a later cluster fails."""
     settings = from_json(settings_json)
+    reports: list[Report] = []
     with told(settings.json_output):
         try:
-            reports = asyncio.run(bench_until_told(settings))
+            asyncio.run(bench_until_told(settings, reports))
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise typer.Exit(INTERRUPTED_STATUS) from None
+        except Exception:
+            if not reports:
+                raise
+            show(settings, reports)
+            with told():  # stdout has its one JSON document
+                raise
         show(settings, reports)
         raise typer.Exit(status_of(reports))
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from cluster.bench.record import COMPLETED, RequestRecord, Run
@@ -13,7 +13,10 @@ from cluster.validation import RequestedGeneration, RequestedSampling
 
 INTERRUPTED = ("Cancelled", "INTERRUPTED")
 NO_FINISH = ("NodeUnavailable", "NO_FINISH")
-WARM_UP = RequestedGeneration(
+UNEXPECTED = "UNEXPECTED"
+WARM_UP_COUNT = 32
+OTHER_SEED = 1 << 62  # seeds end at 2**63, so that the other one is a seed too
+FIRST = RequestedGeneration(
     token_ids=(1, 2, 3), sampling=RequestedSampling(temperature=0.0, tokens_max=4, ignore_eos=True)
 )
 
@@ -37,9 +40,19 @@ class Live:
 async def prepare(client: Client, timeout_s: float) -> ModelLimits:
     """Ask which model is served and send one short request that is not counted; raises TriviumError."""
     model = await client.get_model()
-    async for _ in client.generate(WARM_UP, timeout_s):
+    async for _ in client.generate(FIRST, timeout_s):
         pass
     return ModelLimits(model.vocab_size, model.context_tokens_max)
+
+
+async def warm_up(
+    workload: Workload, clients: Sequence[Client], model: ModelLimits, timeout_s: float
+) -> None:
+    """Send some requests at once that are as long as those planned, but of other tokens, and count none."""
+    step = max(1, len(workload.requests) // WARM_UP_COUNT)
+    requests = (replace(planned, at_s=0.0) for planned in workload.requests[::step][:WARM_UP_COUNT])
+    other = replace(workload, requests=tuple(requests), seed=workload.seed ^ OTHER_SEED)
+    await Runner(other, clients, model, timeout_s, Live(len(other.requests))).run()
 
 
 async def run_workload(
@@ -102,6 +115,8 @@ class Runner:
         except asyncio.CancelledError:
             record.error_kind, record.error_reason = INTERRUPTED
             raise
+        except Exception as error:  # of this request alone: the run must tell of the others
+            record.error_kind, record.error_reason = type(error).__name__, UNEXPECTED
         finally:
             if record.ended_at_s is None:
                 record.ended_at_s = self._now_s()

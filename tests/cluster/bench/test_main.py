@@ -17,6 +17,8 @@ from cluster.client import Admitted, Delta, Finished
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.gateway_messages import Timing, Usage
 
+NOT_COUNTED = 1 + 10
+"""Requests before those of `FAST`: one, and as many as it has at once."""
 FAST = LoadSettings(rate_per_s=40.0, duration_s=0.25, gap_cv=0.1)
 
 
@@ -25,6 +27,7 @@ class FakeClient:
 
     def __init__(self, address, token=None):
         self.address = address
+        self.asked_count = 0
 
     async def __aenter__(self):
         return self
@@ -37,9 +40,10 @@ class FakeClient:
         return SimpleNamespace(vocab_size=100, context_tokens_max=contexts.get(self.address, 512))
 
     async def generate(self, request, timeout_s):
-        if self.address == "shedding" and len(request.token_ids) != 3:
+        self.asked_count += 1
+        if self.address == "shedding" and self.asked_count > 1:
             raise Overloaded("QUEUE_FULL", "full")
-        if self.address == "hanging" and len(request.token_ids) != 3:
+        if self.address == "hanging" and self.asked_count > NOT_COUNTED:
             await asyncio.sleep(60)
         count = request.sampling.tokens_max
         yield Admitted("r", len(request.token_ids), 0)
@@ -65,9 +69,16 @@ def targets(*names: str, events: list[str] | None = None):
     return [(name, partial(opening, name)) for name in names]
 
 
+def benched(settings: BenchSettings, targets) -> list:
+    """The reports of a benchmark that ends well."""
+    reports = []
+    asyncio.run(bench(settings, targets, reports))
+    return reports
+
+
 def test_clusters_are_compared_one_after_the_other_under_one_load():
     events: list[str] = []
-    first, second = asyncio.run(bench(BenchSettings(load=FAST), targets("a", "b", events=events)))
+    first, second = benched(BenchSettings(load=FAST), targets("a", "b", events=events))
     assert events == ["start a", "end a", "start b", "end b"]
     assert (first.name, second.name) == ("a", "b")
     assert first.outcomes.completed == second.outcomes.completed == 10
@@ -79,15 +90,17 @@ def test_models_that_cannot_be_sent_the_same_are_refused():
         load=LoadSettings(profile="mooncake-conversation", rate_per_s=40, duration_s=0.1)
     )
     with pytest.raises(InvalidRequest, match="another context"):
-        asyncio.run(bench(settings, targets("a", "short")))
+        benched(settings, targets("a", "short"))
 
 
 def test_an_interruption_reports_what_was_and_leaves_out_the_rest():
     async def work(names):
-        task = asyncio.create_task(bench(BenchSettings(load=FAST), targets(*names)))
-        await asyncio.sleep(0.5)
+        reports = []
+        task = asyncio.create_task(bench(BenchSettings(load=FAST), targets(*names), reports))
+        await asyncio.sleep(0.6)
         task.cancel()
-        return await task
+        await task
+        return reports
 
     reports = asyncio.run(work(("a", "hanging", "b")))
     assert [report.name for report in reports] == ["a", "hanging"]
@@ -118,6 +131,24 @@ def test_the_process_prints_and_writes(capsys, tmp_path):
     assert "requests completed" in said.out
     assert "r.html" in said.err
     assert json.loads(outputs[0].read_text())["reports"][0]["outcomes"]["completed"] == 10
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("BAD", "no start"), RuntimeError("no start")])
+def test_what_was_measured_is_told_when_a_later_cluster_does_not_start(capsys, tmp_path, monkeypatch, error):
+    @asynccontextmanager
+    async def failing():
+        raise error
+        yield
+
+    both = [*targets("a"), ("b", failing)]
+    monkeypatch.setattr(bench_main, "targets_of", lambda settings: both)
+    output = tmp_path / "r.json"
+    with pytest.raises((typer.Exit, RuntimeError)):
+        main(as_json(BenchSettings(load=FAST, outputs=(output,), json_output=True)))
+    said = capsys.readouterr()
+    assert [report["name"] for report in json.loads(said.out)["reports"]] == ["a"]
+    assert [report["name"] for report in json.loads(output.read_text())["reports"]] == ["a"]
+    assert isinstance(error, RuntimeError) or "no start" in said.err
 
 
 def test_json_is_alone_on_stdout_and_a_cluster_that_sheds_all_ends_with_1(capsys):

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.bench.load import plan_load
 from cluster.bench.measure import measure
-from cluster.bench.run import Live, prepare, run_workload
+from cluster.bench.run import Live, prepare, run_workload, warm_up
 from cluster.bench.settings import LengthShape, LoadSettings
 from cluster.bench.workload import ModelLimits, PlannedRequest, Workload, as_requested
 from cluster.client import Admitted, Client, Delta, Finished
@@ -96,6 +96,31 @@ def test_errors_are_records_and_clients_take_turns():
     assert (live.failed_count, live.in_flight_count) == (3, 0)
 
 
+def test_an_error_that_nobody_expected_is_of_one_request():
+    run, live = ran(workload_of(0.0, 0.0), TellingClient(OSError("gone")), TellingClient(END))
+    assert [(record.outcome, record.error_kind) for record in run.records] == [
+        ("failed", "OSError"),
+        ("completed", ""),
+    ]
+    assert measure("x", "", run, 1.0, 1.0).outcomes.reasons == {"OSError: UNEXPECTED": 1}
+    assert (live.failed_count, live.completed_count) == (1, 1)
+
+
+def test_a_warm_up_is_as_long_as_the_load_and_of_other_tokens():
+    settings = LoadSettings(rate_per_s=10.0, duration_s=10.0, prefix_share=1.0)
+    workload = plan_load(settings, MODEL)
+    client, other = TellingClient(0.05, END), TellingClient(Overloaded("QUEUE_FULL", "full"))
+    started = time.monotonic()
+    asyncio.run(warm_up(workload, (client, other), MODEL, 5.0))
+    assert time.monotonic() - started < 1, "all at once, and a refusal is none of its business"
+    sent = client.asked + other.asked
+    assert len(sent) == 32
+    planned = {(one.prompt_tokens_count, one.output_tokens_count) for one in workload.requests}
+    assert {(len(one.token_ids), one.sampling.tokens_max) for one in sent} <= planned
+    asked = {as_requested(workload, index, 100).token_ids[:8] for index in range(len(workload.requests))}
+    assert not asked & {one.token_ids[:8] for one in sent if len(one.token_ids) >= 8}
+
+
 def test_a_cancellation_cancels_all_and_still_reports():
     client = TellingClient(Delta("a", (1,), ()), 60.0, END)
     started = time.monotonic()
@@ -141,10 +166,11 @@ def test_a_real_gateway_agrees_with_what_was_measured(tmp_path):
         assert record.usage.output_tokens_count == record.planned.output_tokens_count
         assert record.usage.prompt_tokens_count == record.planned.prompt_tokens_count
         assert record.admitted_at_s >= record.sent_at_s
-    assert report.latency.e2e_s.mean == pytest.approx(report.server.total_s.mean, rel=0.1, abs=0.03)
+    late_s = report.sender.lateness_s.mean
+    assert report.latency.e2e_s.mean - late_s == pytest.approx(report.server.total_s.mean, rel=0.1, abs=0.03)
     served_first_s = [
         sum((timing.queued_s, timing.prefill_s)) for timing in (record.timing for record in run.records)
     ]
-    assert report.latency.ttft_s.mean == pytest.approx(sum(served_first_s) / 16, rel=0.1, abs=0.03)
+    assert report.latency.ttft_s.mean - late_s == pytest.approx(sum(served_first_s) / 16, rel=0.1, abs=0.03)
     assert report.latency.itl_s.mean * 23 == pytest.approx(report.server.decode_s.mean, rel=0.1, abs=0.03)
     assert report.goodput.share == 1.0
