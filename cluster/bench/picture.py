@@ -99,7 +99,7 @@ def draw_requests(axes: Axes, reports: Sequence[Report]) -> None:
     for report, colour in zip(reports, COLOURS, strict=False):
         axes.stairs(*steps(report, "completed"), color=colour, label=label(reports, report, "completed"))
         if any(report.seconds.not_completed):
-            lost = label(reports, report, "shed or failed")
+            lost = label(reports, report, "not completed")
             axes.stairs(*steps(report, "not_completed"), color=colour, linestyle=":", label=lost)
     finish_over_time(axes, reports, "Requests offered and completed", "requests/s")
 
@@ -135,12 +135,12 @@ def draw_itl(axes: Axes, reports: Sequence[Report]) -> None:
     """Inter-token latency by when the token came."""
     slo = reports[0].goodput.slo_itl_s * 1e3
     draw_band(axes, reports, "itl", 1e3, slo)
-    draw_slo(axes.axhline, slo, "ms")
+    draw_slo(axes.axhline, slo, "ms, of a request's mean")
     finish_over_time(axes, reports, "Inter-token latency over time", "ITL (ms)")
 
 
 def draw_band(axes: Axes, reports: Sequence[Report], quantity: str, factor: float, slo: float) -> None:
-    """p50 as a line, p99 as a dashed one, and what lies between."""
+    """p50 as a line, p99 as a dashed one where there were tokens enough, and what lies between."""
     values = [
         value
         for report in reports
@@ -155,7 +155,8 @@ def draw_band(axes: Axes, reports: Sequence[Report], quantity: str, factor: floa
         axes.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
         mark = {"color": colour, "marker": "o", "markersize": 2.5}
         axes.plot(times, low, label=label(reports, report, "p50"), **mark)
-        axes.plot(times, high, linestyle="--", label=label(reports, report, "p99"), **mark)
+        if any(value == value for value in high):
+            axes.plot(times, high, linestyle="--", label=label(reports, report, "p99"), **mark)
 
 
 def draw_ttft_shares(axes: Axes, reports: Sequence[Report]) -> None:
@@ -170,14 +171,14 @@ def draw_itl_shares(axes: Axes, reports: Sequence[Report]) -> None:
     """How many tokens came how soon after the one before."""
     slo = reports[0].goodput.slo_itl_s * 1e3
     draw_shares(axes, reports, "itl_s", 1e3, [slo])
-    draw_slo(axes.axvline, slo, "ms")
+    draw_slo(axes.axvline, slo, "ms, of a request's mean")
     finish_shares(axes, "Inter-token latency", "ITL (ms)", "tokens")
 
 
 def draw_e2e_shares(axes: Axes, reports: Sequence[Report]) -> None:
     """How many requests were done by when."""
     draw_shares(axes, reports, "e2e_s", 1.0, [])
-    finish_shares(axes, "End to end", "sending to end (s)", "completed requests")
+    finish_shares(axes, "End to end", "due to end (s)", "completed requests")
 
 
 def draw_shares(
