@@ -22,9 +22,13 @@ class Collector:
             for scope in resource.scope_spans:
                 self.spans += [(named["service.name"], MessageToDict(span)) for span in scope.spans]
 
+    def of_name(self, name: str) -> list[dict]:
+        """Spans of a name."""
+        return [span for _, span in list(self.spans) if span["name"] == name]
+
     def of_trace(self, trace_id: str) -> list[tuple[str, dict]]:
         """Spans of one trace, its id as base64."""
-        return [(service, span) for service, span in self.spans if span["traceId"] == trace_id]
+        return [(service, span) for service, span in list(self.spans) if span["traceId"] == trace_id]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A node's process that serves as the other kind, or as both: same tokens, no request harmed."""
+"""A node's process that serves as the other kind: same tokens, no request harmed."""
 
 import asyncio
 from pathlib import Path
@@ -15,14 +15,6 @@ REQUESTS = [RequestedGeneration(token_ids=(7, 8, 9, number), sampling=GREEDY_64)
 
 def ready_names(kind: str) -> set[str]:
     return {member.name for member in pools.view().of_kind(kind) if member.state == READY}
-
-
-def test_one_process_may_be_both_kinds(stage):
-    apart = all_tokens(stage.cluster(SMALL), REQUESTS)
-    together = stage.cluster(SMALL, prefill={"count": 0}, decode={"reads_prompts": True})
-    pids = {member.kind: member.pid for member in stage.view.members}
-    assert pids["prefill"] == pids["decode"]
-    assert all_tokens(together, REQUESTS) == apart
 
 
 def test_a_role_changes_there_and_back_under_load(stage):

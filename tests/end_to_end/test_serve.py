@@ -36,6 +36,7 @@ def serving(stage, tmp_path_factory: pytest.TempPathFactory):
     config = tmp_path_factory.mktemp("serve") / "cluster.yaml"
     config.write_text(
         f"model: {{folder: {Path(SMALL).resolve()}}}\ngateway: {{port: 0}}\ndashboard: {{port: 0}}\n"
+        "operations: {port: 0}\n"
     )
     process = subprocess.Popen(
         command("serve", str(config)), stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}

@@ -23,6 +23,7 @@ TOPOLOGIES = {
         "experts": {"shards_count": 3},
         "transport": {"scheme": "tcp"},
     },
+    "2E, prefill and decode in one process": {"prefill": {"count": 0}, "decode": {"reads_prompts": True}},
 }
 ALONE_COUNT = 4
 TOGETHER_COUNT = 32

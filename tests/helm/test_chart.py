@@ -190,7 +190,10 @@ def test_values_take_each_key_of_the_configuration_that_the_chart_does_not_fill(
         ("secrets.make=false", "secrets.channel: names no Secret, and secrets.make is false"),
         ("config.gateway.port=80", "config.gateway.port: Must be greater than or equal to 1024"),
         ("config.gateway.port=8080", "config.gateway.port: 8080 is the port of Ray's metrics"),
-        ("config.gateway.metrics_port=52365", "config.gateway.metrics_port: 52365 is the port of Ray's agent"),
+        (
+            "config.gateway.metrics_port=52365",
+            "config.gateway.metrics_port: 52365 is the port of Ray's agent",
+        ),
         ("config.operations.port=8265", "config.operations.port: 8265 is the port of Ray's dashboard"),
         ("config.operations.port=50051", "config.operations.port: 50051 is the port of config.gateway.port"),
     ],
@@ -208,7 +211,7 @@ def test_a_changed_configuration_is_another_revision_and_the_same_pods(releases)
 
 
 def changed_templates(before, *settings: str) -> set[str]:
-    """Groups whose pods are others after an upgrade; KubeRay compares no more of a group than its template."""
+    """Groups whose pods are others after an upgrade; KubeRay compares no more of a group than that."""
     options = [part for setting in settings for part in ("--set", setting)]
     after = ray_templates(render("defaults", *options))
     return {name for name, template in ray_templates(before).items() if template != after[name]}

@@ -1,4 +1,4 @@
-"""What monitors read of a cluster under load: our endpoints, Ray's exporter, panels and alerts."""
+"""What monitors see of a cluster under load: endpoints, Ray's exporter, panels, alerts, traces."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from cluster.metric_names import ALIASES, EVERY
 from cluster.validation import RequestedGeneration, RequestedSampling
 from tests.cluster.promql import matchers, metric_names
 from tests.cluster.test_dashboards import RULES, expressions
-from tests.end_to_end.stage import all_tokens, wait_until
+from tests.end_to_end.collector import Collector, collecting
+from tests.end_to_end.stage import GREEDY_64, all_tokens, events_of, wait_until
 
 SMALL = Path("examples/trivium-small")
 REQUESTS_COUNT, TOKENS_COUNT = 12, 24
@@ -31,6 +33,8 @@ TROUBLES = {  # by reason or by who is lost: there are none while all is well
     "trivium_node_failures_total",
     "trivium_actors_lost_total",
 }
+SERVICES = {"trivium-gateway", "trivium-prefill", "trivium-decode", "trivium-experts"}
+SPANS = {"generate", "prefill queue", "prefill", "transfer", "latents", "decode", "dispatch", "experts"}
 SCRAPE_S = 1.0
 THRESHOLD = r"\s(<|>|==)\s[\d.]+$"
 
@@ -47,21 +51,38 @@ def scrape(url: str, accept: str = "") -> str:
         return response.read().decode()
 
 
-@pytest.fixture(scope="module")
-def metrics_port() -> int:
-    return free_port()
+@dataclass(frozen=True)
+class Watched:
+    """A cluster that shows all that it can."""
+
+    address: str
+    metrics_port: int
+    collector: Collector
 
 
 @pytest.fixture(scope="module")
-def loaded(stage, metrics_port) -> tuple[str, str]:
-    """Metrics addresses of a cluster's coordinator and gateway, when requests have gone through it."""
-    address = stage.cluster(SMALL, gateway={"port": 0, "metrics_port": metrics_port})
+def watched(stage) -> Iterator[Watched]:
+    metrics_port = free_port()
+    with collecting() as (collector, endpoint):
+        sections = {
+            "gateway": {"port": 0, "metrics_port": metrics_port},
+            "operations": {"traces_endpoint": endpoint},
+        }
+        yield Watched(stage.cluster(SMALL, **sections), metrics_port, collector)
+        stage.clear()
+
+
+@pytest.fixture(scope="module")
+def loaded(watched) -> tuple[str, str]:
+    """Metrics addresses of the cluster's coordinator and gateway, when requests have gone through it."""
     sampling = RequestedSampling(temperature=0.0, tokens_max=TOKENS_COUNT, ignore_eos=True)
     prompts = [tuple(range(5 + number, 105 + number)) for number in range(REQUESTS_COUNT // 2)]
     for _ in range(2):  # the second time from the cache
-        all_tokens(address, [RequestedGeneration(token_ids=prompt, sampling=sampling) for prompt in prompts])
+        all_tokens(
+            watched.address, [RequestedGeneration(token_ids=prompt, sampling=sampling) for prompt in prompts]
+        )
     time.sleep(1.5)  # heartbeats tell it
-    return pools.pools_page().split("/#")[0] + "/metrics", f"http://127.0.0.1:{metrics_port}/metrics"
+    return pools.pools_page().split("/#")[0] + "/metrics", f"http://127.0.0.1:{watched.metrics_port}/metrics"
 
 
 def samples(text: str, read=read_classic) -> Iterator:
@@ -211,3 +232,32 @@ def test_a_real_prometheus_understands_every_panel_and_alert(prometheus):
         rule["name"] for rule in rules if rule["state"] == "firing" and rule["labels"]["severity"] != "info"
     ]
     assert not firing, "nothing is wrong with this cluster"
+
+
+def test_one_trace_joins_all_processes(watched, loaded):
+    collector = watched.collector
+    wait_until(lambda: len(collector.of_name("generate")) == REQUESTS_COUNT, 20)
+    collector.spans.clear()
+    events_of(watched.address, RequestedGeneration(token_ids=(5, 6, 7), sampling=GREEDY_64))
+    assert wait_until(lambda: len(collector.of_name("generate")) == 1, 20)
+    [root] = collector.of_name("generate")
+
+    def names() -> set[str]:
+        return {span["name"] for _, span in collector.of_trace(root["traceId"])}
+
+    assert wait_until(lambda: names() == SPANS, 20), names()
+    time.sleep(1.5)  # what is left is on its way
+    spans = collector.of_trace(root["traceId"])
+    assert {service for service, _ in spans} == SERVICES
+    ids = {span["spanId"] for _, span in spans}
+    orphans = [span["name"] for _, span in spans if span is not root and span.get("parentSpanId") not in ids]
+    assert not orphans and "parentSpanId" not in root
+    begin, end = int(root["startTimeUnixNano"]), int(root["endTimeUnixNano"])
+    slack = 50_000_000  # clocks of processes are read apart
+    for _, span in spans:
+        assert begin - slack <= int(span["startTimeUnixNano"]) <= int(span["endTimeUnixNano"]) <= end + slack
+    services_under = {span["spanId"]: service for service, span in spans}
+    parents = {
+        services_under[span["parentSpanId"]] for service, span in spans if service == "trivium-experts"
+    }
+    assert parents == {"trivium-prefill", "trivium-decode"}, "shards work under the dispatch of a node"
