@@ -37,6 +37,7 @@ HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 OBJECT_STORE_BYTES = 128 << 20
 CONTROL_CALLS_MAX = 1000
+CONTROL_WAIT_S = 0.1  # for calls that are being answered, before an actor is told to go
 REVISION_TIMEOUT_S = 150.0
 REVISION_POLL_S = 1.0
 
@@ -164,6 +165,7 @@ def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float])
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=CONTROL_WAIT_S,
     )
 
 

@@ -4,9 +4,12 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+import ray
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
 
 from cluster import pools
 from cluster.client import Admitted, Client, Delta, Finished
@@ -14,7 +17,6 @@ from cluster.config import ClusterConfig, check_config
 from cluster.launch import is_complete
 from cluster.membership import View
 from cluster.place import Place
-from cluster.ray_dashboard import RayDashboard
 from cluster.validation import RequestedGeneration, RequestedSampling
 
 READY_S = 120.0
@@ -25,7 +27,7 @@ class Stage:
     """Puts clusters on Ray, one at a time."""
 
     def __init__(self) -> None:
-        pools.start_ray(dashboard=True, dashboard_port=0)
+        pools.start_ray(dashboard=False, dashboard_port=0)
         self._config: ClusterConfig | None = None
         self._sockets: tempfile.TemporaryDirectory | None = None
         self.view = View()
@@ -52,14 +54,9 @@ class Stage:
 
     @staticmethod
     def scale(pool: str, count: int) -> None:
-        """Ask the Ray dashboard's server for another number of a pool's actors, as a person would."""
-        asyncio.run(on_dashboard(lambda dashboard: dashboard.scale(pool, count)))
-
-    @staticmethod
-    def targets() -> dict[str, int]:
-        """How many actors of each pool the Ray dashboard's server says that Serve aims at."""
-        told = asyncio.run(on_dashboard(lambda dashboard: dashboard.targets()))
-        return {pool: target.target_count for pool, target in told.items()}
+        """Ask for another number of a pool's actors, as the Ray dashboard's server does."""
+        controller = _get_global_client()._controller
+        ray.get(controller.update_deployment_replicas.remote(DeploymentID(pool, pools.APPLICATION), count))
 
     def _ready_view(self, config: ClusterConfig) -> View:
         end_s = time.monotonic() + READY_S
@@ -69,12 +66,6 @@ class Stage:
                 return view
             time.sleep(0.1)
         raise TimeoutError(f"the cluster is not ready: {pools.problems() or view}")
-
-
-async def on_dashboard(do: Callable[[RayDashboard], Awaitable[Any]]) -> Any:
-    """What a call of the Ray dashboard's server gives."""
-    async with RayDashboard(pools.RayWindow().dashboard(), pools.APPLICATION) as dashboard:
-        return await do(dashboard)
 
 
 async def tokens_of(client: Client, request: RequestedGeneration) -> list[int]:
