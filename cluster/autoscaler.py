@@ -59,9 +59,9 @@ class Autoscaler:
 
     def decide(self, readings: Iterable[PoolReading], now_s: float) -> list[Command]:
         """What to change now; a pool without a fresh reading, or with a hold, keeps its count."""
-        for reading in readings:
-            if reading.kind in self._pools:
-                self._read(self._pools[reading.kind], reading, now_s)
+        for pool in self.observe(readings, now_s):
+            if pool.is_heard(now_s):
+                self.target_seen(pool.kind, pool.reading.target_count, now_s)
         if not self.config.is_enabled:
             everybody = self._pools.values()
             held = [pool for pool in everybody if pool.hold is not None and self._may_act(pool, now_s)]
@@ -75,6 +75,14 @@ class Autoscaler:
                 if self._may_act(pool, now_s):
                     commands.extend(turn(pool, now_s))
         return commands
+
+    def observe(self, readings: Iterable[PoolReading], now_s: float) -> list[ScaledPool]:
+        """Take what was measured of pools, so that it can be seen; those that were read."""
+        read = [(self._pools[reading.kind], reading) for reading in readings if reading.kind in self._pools]
+        for pool, reading in read:
+            pool.reading, pool.seen_s = reading, now_s
+            pool.pressures = pressures(reading, self.config)
+        return [pool for pool, _ in read]
 
     # what people say
 
@@ -162,12 +170,6 @@ class Autoscaler:
         return PoolsReport(now_s, self.config.is_enabled, states, tuple(reversed(self._decisions)))
 
     # what is measured
-
-    def _read(self, pool: ScaledPool, reading: PoolReading, now_s: float) -> None:
-        pool.reading, pool.seen_s = reading, now_s
-        pool.pressures = pressures(reading, self.config)
-        if pool.is_heard(now_s):
-            self.target_seen(pool.kind, reading.target_count, now_s)
 
     def _look(self, pool: ScaledPool, now_s: float) -> None:
         """Note since when a pool is changing, and since when it is too large."""

@@ -50,7 +50,8 @@ class ScaledPool:
     @property
     def aim_count(self) -> int:
         """Actors that Serve aims at, or will as soon as it has obeyed."""
-        return self.asked_count if self.asked_count is not None else self.target_count or 0
+        known = (self.asked_count, self.target_count, self.reading.target_count if self.reading else 0)
+        return next(count for count in known if count is not None)
 
     @property
     def is_awaited(self) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,9 +54,20 @@ class Scaler:
 
     async def look(self) -> None:
         """Read the pools, decide, and act; raises NodeUnavailable where Ray's server does not answer."""
+        if self._window.dashboard() is None:
+            self._watch()
+            return
         async with self._server() as server:
             targets = await server.targets()
             await self._look(server, targets)
+
+    def _watch(self) -> None:
+        """Read the pools without Ray's server: their load is seen, though nobody can scale them."""
+        now_s = time.monotonic()
+        view = self._membership.view(now_s)
+        counts = Counter(member.pool or member.kind for member in view.members)
+        targets = {kind: PoolTarget(count, 0, count, 0) for kind, count in counts.items()}
+        self.autoscaler.observe(self._readings.read(view, targets, self._slowness(), now_s), now_s)
 
     async def _look(self, server: RayDashboard, targets: Mapping[str, PoolTarget]) -> None:
         now_s = time.monotonic()

@@ -305,14 +305,21 @@ def test_without_a_dashboard_people_are_told_and_one_that_comes_is_found(clock):
     async def run() -> None:
         async with town_of(clock) as town:
             access, town.window.access = town.window.access, None
-            for work in (town.scaler.look, lambda: town.scaler.set_count("decode", 2, "a person")):
-                with pytest.raises(NodeUnavailable, match="there is none") as caught:
-                    await work()
-                assert "dashboard.enabled" in caught.value.remedy
+            with pytest.raises(NodeUnavailable, match="there is none") as caught:
+                await town.scaler.set_count("decode", 2, "a person")
+            assert "dashboard.enabled" in caught.value.remedy
             assert town.pool("decode").hold is None, "a count that nobody will bring about does not hold"
+            town.add(node("d", "decode", 99, pid=1), node("p", "prefill", pid=2))
+            await town.look()
+            pool = town.pool("decode")
+            assert (pool.target_count, pool.ready_count) == (1, 1)
+            assert [one.cause for one in pool.pressures if one.level > 1] == ["pages"], (
+                "people see it all the same"
+            )
+            assert town.ray.asked == []
             town.window.access = access
             await town.look()
-            assert town.pool("decode").target_count == 1
+            assert town.ray.asked == [("decode", 2)]
 
     asyncio.run(run())
 
