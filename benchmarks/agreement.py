@@ -94,9 +94,9 @@ async def run(load: LoadSettings, folder: Path) -> tuple[Report, dict[str, tuple
 
 
 def main(
-    rate: Annotated[float, typer.Option(help="requests per second")] = 3.0,
-    duration_s: Annotated[float, typer.Option(help="send for so long")] = 60.0,
-    scale: Annotated[float, typer.Option(help="size of lengths; 1 is real life")] = 1 / 16,
+    rate: Annotated[float, typer.Option(help="requests per second")] = 2.0,
+    duration_s: Annotated[float, typer.Option(help="send for so long")] = 30.0,
+    scale: Annotated[float, typer.Option(help="size of lengths; 1 is real life")] = 1 / 4,
 ) -> None:
     """Measure one workload from both sides and print both."""
     with tempfile.TemporaryDirectory() as folder:

@@ -75,8 +75,11 @@ class Desk:
         """An id that no other request of any gateway has."""
         return uuid.uuid4().hex
 
-    def admit(self, request: RoutedRequest) -> None:
-        """Take a request, whose outputs `outputs` then gives until `leave`; raises Overloaded."""
+    def admit(self, request: RoutedRequest, called_s: float | None = None) -> None:
+        """Take a request, whose outputs `outputs` then gives until `leave`; raises Overloaded.
+
+        Its times in the report count from `called_s`, when its call came, where that is known.
+        """
         if self.router.requests_waiting_count >= self.requests_waiting_max:
             self._recorder.shed()
             raise Overloaded(
@@ -88,7 +91,8 @@ class Desk:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._outputs[request.request_id] = asyncio.Queue()
-        self._recorder.admitted(request.request_id, len(request.token_ids), time.monotonic())
+        begin_s = time.monotonic() if called_s is None else called_s
+        self._recorder.admitted(request.request_id, len(request.token_ids), begin_s)
         self.tell(RequestAdmitted(request))
 
     async def outputs(self, request_id: str) -> AsyncIterator[list[Output]]:

@@ -43,7 +43,7 @@ class GatewayReport:
     """Prompt tokens that were in pages already; known once a request has finished."""
     output_tokens_count: int = 0
     time_to_first_token_s: Distribution = NOTHING
-    """From admission."""
+    """From the call, to the first token."""
     inter_token_s: Distribution = NOTHING
     """A chunk of n tokens after a gap counts as n tokens, each after an nth of it."""
     end_to_end_s: Distribution = NOTHING

@@ -72,9 +72,10 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
     async def Generate(self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Validate, admit, stream; a call that ends early ends its request."""
         sent = dict(context.invocation_metadata()).get(TRACEPARENT)
-        trace = self._traces.begin(sent, time.monotonic(), random.random())
+        called_s = time.monotonic()
+        trace = self._traces.begin(sent, called_s, random.random())
         try:
-            await self._generate(request, context, trace)
+            await self._generate(request, context, trace, called_s)
         except BaseException as error:
             trace.failed(error)
             raise
@@ -82,7 +83,11 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             trace.end(time.monotonic())
 
     async def _generate(
-        self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext, trace: RequestTrace
+        self,
+        request: trivium_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        trace: RequestTrace,
+        called_s: float,
     ) -> None:
         requested = wire.to_requested(request)
         valid = await self._validated(requested, request.ByteSize())
@@ -90,7 +95,7 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
         trace.asked(requested, valid, request_id)
         routed = RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority, trace.place)
         try:
-            self._desk.admit(routed)
+            self._desk.admit(routed, called_s)
             await self._write(context, wire.admitted(request_id, len(valid.token_ids), valid.sampling.seed))
             async for response in self._responses(request_id, valid, trace):
                 await self._write(context, response)

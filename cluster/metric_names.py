@@ -107,7 +107,7 @@ GATEWAY = (
         (
             "trivium_time_to_first_token_seconds",
             "seconds",
-            "From admission to the first token.",
+            "From the call to the first token.",
             "time_to_first_token_s",
         ),
         (
