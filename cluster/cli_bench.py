@@ -151,7 +151,7 @@ def compare(
 ) -> None:
     """Start a cluster of each configuration in turn, send all of them the same requests, and compare.
 
-    Each is started as `trivium serve CONFIG` starts it, on a free port, and ended before the next.
+    Each is started as `trivium serve CONFIG` starts it, on a free gRPC port, and ended before the next.
     """
     with told(json_output):
         when = rate, duration_s, cv, burst, burst_period_s

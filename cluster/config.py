@@ -3,6 +3,7 @@
 Only `model.folder` has no default. Relative paths are relative to the file that names them.
 """
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -121,7 +122,8 @@ class PrefillSection(Section):
     count_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
     count_max: NodesCount = Field(8, description="most that the autoscaler starts")
     latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
-        256 * 2**20, description="memory for latents on each node"
+        256 * 2**20,
+        description="memory for latents on each node; the smaller of the two pools bounds a context",
     )
     step_tokens_max: int = Field(512, ge=1, le=1_000_000, description="tokens of all prompts in one step")
     requests_max: int = Field(32, ge=1, le=4096, description="prompts that a node works on at a time")
@@ -140,7 +142,8 @@ class DecodeSection(Section):
     count_min: NodesCount = Field(1, description="fewest that the autoscaler leaves")
     count_max: NodesCount = Field(8, description="most that the autoscaler starts")
     latents_bytes: Annotated[Bytes, Field(ge=2**20, le=2**44)] = Field(
-        256 * 2**20, description="memory for latents on each node"
+        256 * 2**20,
+        description="memory for latents on each node; the smaller of the two pools bounds a context",
     )
     requests_max: int = Field(64, ge=1, le=4096, description="requests in one step of a node")
     reads_prompts: bool = Field(
@@ -221,7 +224,7 @@ class OperationsSection(Section):
     host: Host = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8266, ge=0, le=PORT_MAX, description="HTTP port; 0 takes any free one")
     token_file: ResolvedPath | None = Field(
-        None, description="file with the token that the Pools page asks for; empty: a new one with each start"
+        None, description="file with the operators' token: Pools page, scale, top, experts; empty: a new one"
     )
     ray_metrics: bool = Field(True, description="whether Ray's exporter carries the same metrics")
     traces_endpoint: str = Field(
@@ -239,7 +242,9 @@ class OperationsSection(Section):
 class DashboardSection(Section):
     """Ray's dashboard."""
 
-    enabled: bool = Field(True, description="whether to start it; off saves about 3 s and 200 MB")
+    enabled: bool = Field(
+        True, description="whether to start it; off saves 3 s and 200 MB, but no pool can be scaled then"
+    )
     port: int = Field(8265, ge=0, le=PORT_MAX, description="its port")
 
 
@@ -259,8 +264,15 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _ports_differ(self) -> "ClusterConfig":
-        if self.dashboard.enabled and self.gateway.port == self.dashboard.port != 0:
-            raise ValueError("gateway.port and dashboard.port must differ")
+        ports = {
+            "gateway.port": self.gateway.port,
+            "gateway.metrics_port": self.gateway.metrics_port,
+            "operations.port": self.operations.port if self.operations.enabled else None,
+            "dashboard.port": self.dashboard.port if self.dashboard.enabled else None,
+        }
+        for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
+            if port and port == same:
+                raise ValueError(f"{one} and {other} must differ")
         return self
 
     @model_validator(mode="after")

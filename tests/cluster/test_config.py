@@ -210,3 +210,22 @@ def test_a_path_through_links_stays_as_it_was_named(tmp_path):
     values = {"model": {"folder": "x"}, "gateway": {"token_file": "secrets/gateway-token"}}
     config = check_config(values, "test", tmp_path)
     assert config.gateway.token_file == tmp_path / "secrets/gateway-token"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"gateway": {"port": 8266}},
+        {"gateway": {"metrics_port": 8265}},
+        {"dashboard": {"port": 8266}},
+        {"gateway": {"port": 9000, "metrics_port": 9000}},
+    ],
+)
+def test_ports_differ(sections, tmp_path):
+    with pytest.raises(InvalidConfig, match="must differ"):
+        check_config({"model": {"folder": "x"}, **sections}, "test", tmp_path)
+
+
+def test_ports_of_what_is_switched_off_may_be_taken(tmp_path):
+    sections = {"gateway": {"port": 8266}, "operations": {"enabled": False}}
+    check_config({"model": {"folder": "x"}, **sections}, "test", tmp_path)
