@@ -219,6 +219,7 @@ def test_a_burst_makes_pools_grow_separately_and_come_down_again(serving):
     with Watch(address, dashboard) as watch:
         prompts = asyncio.run(burst(address, long_prompt, 0.06, lambda: watch.sees_two("prefill")))
     assert watch.most("prefill") == 2, "prompts waited, so there were more to read them"
+    assert watch.most("decode") == 1, "and nobody more to write"
     assert watch.most("experts") == 2
     with Watch(address, dashboard) as watch:
         answers = asyncio.run(burst(address, long_answer, 0.15, lambda: watch.sees_two("decode")))
