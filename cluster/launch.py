@@ -229,18 +229,18 @@ def tell_until_signal() -> None:
 
 def is_at_work(before: View, now: View) -> bool:
     """Whether requests came, ran or ended between two looks, or actors came or went."""
-    return activity(before) != activity(now) or any(running for _, _, running in activity(now))
+    came = activity(now) != activity(before)
+    return came or any(running_count for _, running_count in activity(now).values())
 
 
-def activity(view: View) -> list[tuple[str, int, int]]:
-    """Of each member its name, and for gateways what they have admitted and what runs."""
-    reports = [(member.name, member.report) for member in view.members]
-    return [
-        (name, report.admitted_count, report.requests_running_count + report.requests_waiting_count)
-        if isinstance(report, GatewayReport)
-        else (name, 0, 0)
-        for name, report in reports
-    ]
+def activity(view: View) -> dict[str, tuple[int, int]]:
+    """Of each member what it has admitted and what it runs, both 0 for all but gateways."""
+    return {
+        member.name: (report.admitted_count, report.requests_running_count + report.requests_waiting_count)
+        if isinstance(report := member.report, GatewayReport)
+        else (0, 0)
+        for member in view.members
+    }
 
 
 def main(config_json: str, greeting: bool = False, once: bool = False) -> None:

@@ -32,6 +32,7 @@ class Operations:
         self._window = window
         self._server: LastingServer | None = None
         self._tasks: list[asyncio.Task] = []
+        self._before, self._before_s = View(), time.monotonic()
 
     async def start(self) -> None:
         """Begin to serve and to publish, in the running event loop."""
@@ -42,7 +43,6 @@ class Operations:
         regular = [(STATS_EVERY_S, self._log_stats)]
         if self._section.ray_metrics:
             regular.append((MIRROR_EVERY_S, self._mirror))
-        self._before, self._before_s = View(), time.monotonic()
         self._tasks = [asyncio.create_task(self._every(*one)) for one in regular]
 
     async def stop(self) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -202,18 +203,20 @@ def coordinator_handle() -> DeploymentHandle:
 
 def view(timeout_s: float = 5.0) -> View:
     """What the coordinator knows; an empty view while there is none."""
-    try:
-        return coordinator_handle().view.remote().result(timeout_s=timeout_s)
-    except Exception:  # Serve has many names for "not yet"
-        return View()
+    return told_by("view", View(), timeout_s)
 
 
 def pools_page(timeout_s: float = 5.0) -> str:
     """Where people look at pools and scale them; empty where there is no such page, or nobody to tell."""
+    return told_by("pools_page", "", timeout_s)
+
+
+def told_by(method: str, without: Any, timeout_s: float) -> Any:
+    """What the coordinator answers to a call, or what to go by without it."""
     try:
-        return coordinator_handle().pools_page.remote().result(timeout_s=timeout_s)
-    except Exception:  # as for the view
-        return ""
+        return getattr(coordinator_handle(), method).remote().result(timeout_s=timeout_s)
+    except Exception:  # Serve has many names for "not yet"
+        return without
 
 
 def problems() -> list[str]:

@@ -54,12 +54,12 @@ class Scaler:
 
     async def look(self) -> None:
         """Read the pools, decide, and act; raises NodeUnavailable where Ray's server does not answer."""
-        if self._window.dashboard() is None:
+        access = self._window.dashboard()
+        if access is None:
             self._watch()
             return
-        async with self._server() as server:
-            targets = await server.targets()
-            await self._look(server, targets)
+        async with RayDashboard(access, self._window.application) as server:
+            await self._look(server, await server.targets())
 
     def _watch(self) -> None:
         """Read the pools without Ray's server: their load is seen, though nobody can scale them."""
@@ -81,7 +81,10 @@ class Scaler:
         """Set a pool's count, or keep the one it has, until released; or TriviumError."""
         if kind == EXPERTS and count is not None:
             self._check_shards(count)
-        async with self._server() as server:
+        access = self._window.dashboard()
+        if access is None:
+            raise unanswered("there is none")
+        async with RayDashboard(access, self._window.application) as server:
             if count is not None:
                 self._check_lent(kind, count)
             before = next((hold for hold in self.autoscaler.holds if hold.kind == kind), None)
@@ -136,13 +139,6 @@ class Scaler:
     def report(self) -> PoolsReport:
         """All pools and the decisions of late."""
         return self.autoscaler.report(time.monotonic())
-
-    def _server(self) -> RayDashboard:
-        """Ray's server, wherever it is by now; raises NodeUnavailable where there is none."""
-        access = self._window.dashboard()
-        if access is None:
-            raise unanswered("there is none")
-        return RayDashboard(access, self._window.application)
 
     async def _do(self, server: RayDashboard, command: Command, now_s: float) -> None:
         match command:

@@ -140,8 +140,9 @@ class RemoteExperts:
         self._waited_s += now_s - begin_s
         self._took_s += now_s - call.begin_s
         self._counts[bisect_left(DISPATCH_BOUNDS_S, now_s - call.begin_s)] += 1
-        numbers = {"trivium.layer": call.layer, "trivium.tokens_count": len(call.hidden)}
-        self.spans.record("dispatch", call.traced, call.begin_s, now_s, call.place, **numbers)
+        if call.traced:
+            numbers = {"trivium.layer": call.layer, "trivium.tokens_count": len(call.hidden)}
+            self.spans.record("dispatch", call.traced, call.begin_s, now_s, call.place, **numbers)
 
     def report(self) -> DispatchReport:
         """Numbers about the dispatches until now; safe from any thread."""

@@ -257,7 +257,8 @@ class ExpertShard:
         self._busy_s += end_s - begin_s
         for dispatch, output in zip(dispatches, outputs, strict=True):
             self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [as_bytes(output)])
-            self._note(dispatch.header, begin_s, end_s)
+            if dispatch.header.traceparent:
+                self._note(dispatch.header, begin_s, end_s)
 
     def _note(self, header: DispatchHeader, begin_s: float, end_s: float) -> None:
         numbers = {"trivium.layer": header.layer, "trivium.slots_count": header.slots_count}
