@@ -53,6 +53,11 @@ class GatewayReport:
     transfer_s: Distribution = NOTHING
     """What was left to transfer once the prompt was computed; of requests that were handed over."""
 
+    @property
+    def requests_count(self) -> int:
+        """Requests under way, on nodes or waiting for them."""
+        return self.requests_running_count + self.requests_waiting_count
+
     def without_times(self) -> "GatewayReport":
         """The counts alone, which are short."""
         return replace(self, **dict.fromkeys(TIMES, NOTHING))

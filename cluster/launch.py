@@ -236,7 +236,7 @@ def is_at_work(before: View, now: View) -> bool:
 def activity(view: View) -> dict[str, tuple[int, int]]:
     """Of each member what it has admitted and what it runs, both 0 for all but gateways."""
     return {
-        member.name: (report.admitted_count, report.requests_running_count + report.requests_waiting_count)
+        member.name: (report.admitted_count, report.requests_count)
         if isinstance(report := member.report, GatewayReport)
         else (0, 0)
         for member in view.members

@@ -185,7 +185,7 @@ class Membership:
             and (member.host, member.pid) not in there
             and isinstance(member.report, NodeReport)
         ]
-        nodes.sort(key=lambda node: (node.pool != to_kind, requests_count(node), node.name))
+        nodes.sort(key=lambda node: (node.pool != to_kind, node.report.requests_count, node.name))
         if not nodes:
             return None
         self._roles[nodes[0].name] = to_kind
@@ -287,14 +287,6 @@ class Membership:
         first = sorted(shards, key=lambda shard: (shard.name not in holding, shard.name))
         chosen = sorted(first[: self._model.routed_experts_count], key=lambda shard: shard.name)
         return tuple(ShardAddress(shard.name, shard.address, shard.host) for shard in chosen)
-
-
-def requests_count(member: Member) -> int:
-    """Requests that a node has, running or waiting; 0 where it has not said."""
-    report = member.report
-    if not isinstance(report, NodeReport):
-        return 0
-    return report.requests_running_count + report.requests_waiting_count
 
 
 def epoch_of(member: Member) -> int:

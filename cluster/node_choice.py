@@ -50,7 +50,7 @@ class NodeView:
         """Requests on the node, ours and, by its report, those of others."""
         if self.report is None:
             return self.requests_count
-        reported_count = self.report.requests_running_count + self.report.requests_waiting_count
+        reported_count = self.report.requests_count
         return max(self.requests_count, reported_count)
 
     def remember_prefix(self, hashes: Sequence[bytes]) -> None:

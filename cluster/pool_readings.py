@@ -31,8 +31,7 @@ class Work:
         if self.looks and (busy_s < self.looks[-1][1] or tokens_count < self.looks[-1][2]):
             self.looks.clear()
         self.looks.append((now_s, busy_s, tokens_count))
-        while len(self.looks) > 2 and self.looks[1][0] <= now_s - BUSY_WINDOW_S:
-            self.looks.popleft()
+        forget(self.looks, now_s - BUSY_WINDOW_S)
 
     @property
     def busy_share(self) -> float | None:
@@ -55,8 +54,7 @@ class Latencies:
     def look(self, now_s: float, by_gateway: dict[str, Distribution]) -> float | None:
         """What nine in ten did not exceed of late; None of few."""
         self._looks.append((now_s, by_gateway))
-        while len(self._looks) > 2 and self._looks[1][0] <= now_s - LATENCY_WINDOW_S:
-            self._looks.popleft()
+        forget(self._looks, now_s - LATENCY_WINDOW_S)
         before = self._looks[0][1]
         late = merged(now.since(before.get(name, now)) for name, now in by_gateway.items())
         return late.quantile(QUANTILE) if late.count >= LATENCIES_MIN else None
@@ -140,7 +138,7 @@ class PoolReadings:
         self._full_s = self._full_s if is_its_own else now_s
         at_gateways_count = sum(one.prompt_tokens_waiting_count for one in gateways) if is_its_own else 0
         return {
-            "requests_count": sum(one.requests_running_count + one.requests_waiting_count for one in reports),
+            "requests_count": sum(one.requests_count for one in reports),
             "tokens_waiting_count": at_gateways_count + sum(one.tokens_waiting_count for one in reports),
             "tokens_per_s": self._tokens_per_s,
             "busy_share": sum(shares) / len(shares) if shares else None,
@@ -150,7 +148,7 @@ class PoolReadings:
         self, reports: Sequence[NodeReport], gateways: Sequence[GatewayReport]
     ) -> dict[str, float | int | None]:
         """Pages that wait for prefill are no reason for more decode nodes, nor is who waits behind them."""
-        on_nodes_count = sum(one.requests_running_count + one.requests_waiting_count for one in reports)
+        on_nodes_count = sum(one.requests_count for one in reports)
         is_its_own = not is_held_up_by_prefill(reports)
         return {
             "requests_count": on_nodes_count + sum(one.requests_waiting_count for one in gateways),
@@ -183,8 +181,7 @@ class PoolReadings:
             self._slowness.clear()
             return
         self._slowness.append((now_s, slowness))
-        while len(self._slowness) > 2 and self._slowness[1][0] <= now_s - UNMENDED_WINDOW_S:
-            self._slowness.popleft()
+        forget(self._slowness, now_s - UNMENDED_WINDOW_S)
 
     @property
     def _slowness_unmended(self) -> float | None:
@@ -192,6 +189,12 @@ class PoolReadings:
         if not self._slowness or self._slowness[-1][0] - self._slowness[0][0] < UNMENDED_WINDOW_S:
             return None
         return min(value for _, value in self._slowness)
+
+
+def forget(looks: deque[tuple], until_s: float) -> None:
+    """Drop looks that are older than the last one at or before a moment, which a window begins with."""
+    while len(looks) > 2 and looks[1][0] <= until_s:
+        looks.popleft()
 
 
 def staying(view: View, kind: str) -> list[Member]:

@@ -134,7 +134,6 @@ async def drained(node: Node, drain_s: float) -> None:
     """Wait until a node has no requests, at most so long."""
     end_s = time.monotonic() + drain_s
     while node.is_alive and time.monotonic() < end_s:
-        report = node.report()
-        if report.requests_running_count + report.requests_waiting_count == 0:
+        if node.report().requests_count == 0:
             return
         await asyncio.sleep(DRAIN_POLL_S)

@@ -216,6 +216,12 @@ class NodeReport:
     """Seconds spent in steps."""
     pages_arriving_count: int = 0
     """Of the leased pages, those of requests whose latents are still to come."""
+
+    @property
+    def requests_count(self) -> int:
+        """Requests that the node has, running or waiting."""
+        return self.requests_running_count + self.requests_waiting_count
+
     cached_tokens_count: int = 0
     """Prompt tokens that a prefill node found in its pages, beside `tokens_count` that it computed."""
     latents_bytes: int = 0
