@@ -12,6 +12,13 @@ from hypothesis import settings
 
 from tests.processes import MARK, processes_left
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from kernels.ops.backend import triton
+
+    triton.knobs.runtime.interpret = True  # which sets the variable too
+    del os.environ["TRITON_INTERPRET"]  # for this process alone, not for those that it starts
+
 LEAVING_TIMEOUT_S = 15.0
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
@@ -25,8 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run first what needs Ray: it forks as it starts, which gRPC's threads of other tests do not bear."""
+    """Run first what needs Ray: it forks as it starts, which gRPC's threads of other tests do not bear.
+
+    Tests of kernels run on the GPU where there is one, and are then found by `-m gpu`.
+    """
     items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+    for item in items:
+        if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +50,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     numpy.random.seed(number)
     torch.manual_seed(number)
     return number
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU, on which Triton interprets them."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import compiled, flat, runs_compiled
+from kernels.ops.rms_norm_kernel import rms_norm_kernel
 
 
 def rms_norm_reference(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -19,6 +21,8 @@ def rms_norm(
     """Norm of each row of `hidden [rows, size]` in float32, returned in its dtype; `out` may be `hidden`."""
     if hidden.dim() != 2 or weight.shape != hidden.shape[1:]:
         raise ValueError(f"a norm of {list(weight.shape)} does not fit rows of {list(hidden.shape)}")
+    if runs_kernel(hidden):
+        return rms_norm_kernel(hidden, weight, eps, out)
     if out is None:
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     if runs_compiled(hidden) and runs_compiled(out):
