@@ -8,6 +8,7 @@ instruction. Formats: OCP FP8 E4M3 (1.0, 2023), bfloat16.
 from kernels.ops.backend import INTERPRETED, tl, triton
 
 E4M3_MAX = tl.constexpr(448.0)
+E4M3_NAN = tl.constexpr(0x7F)
 
 
 @triton.jit
@@ -22,13 +23,17 @@ def to_bfloat16(numbers):
 
 @triton.jit
 def to_e4m3(numbers):
-    """float32 to FP8 E4M3, rounded to the nearest even; beyond ±448 it is ±448."""
-    numbers = tl.minimum(tl.maximum(numbers, -E4M3_MAX), E4M3_MAX)
+    """float32 to FP8 E4M3, rounded to the nearest even; beyond ±448 it is ±448; NaN stays."""
+    numbers = tl.clamp(numbers, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     if INTERPRETED:
         bits = numbers.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
         subnormal = (numbers + 24576.0) - 24576.0  # float32 near 24,576 has steps of 2^-9, as these have
-        numbers = tl.where(tl.abs(numbers) < 0.015625, subnormal, normal)
+        sign = bits & -2147483648  # which a sum of zero has lost
+        subnormal = (subnormal.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        rounded = tl.where(tl.abs(numbers) < 0.015625, subnormal, normal)
+        codes = tl.where(numbers == numbers, rounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True), E4M3_NAN)
+        return codes.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return numbers.to(tl.float8e4nv)
 
 
