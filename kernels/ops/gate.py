@@ -7,7 +7,9 @@ score is the sum of its two best. V2 (arXiv 2405.04434, section 2.1.2): softmax 
 import numpy as np
 import torch
 
+from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import compiled, runs_compiled
+from kernels.ops.gate_kernel import gate_greedy_kernel, gate_noaux_tc_kernel
 
 
 def gate_noaux_tc(
@@ -21,6 +23,8 @@ def gate_noaux_tc(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V3's gate: `logits [tokens, experts]` float32 to weights float32 and ids int64, `[tokens, choices]`."""
     limits = (experts_per_token, groups_count, groups_per_token)
+    if runs_kernel(logits):
+        return gate_noaux_tc_kernel(logits, bias, *limits, normalised, scaling)
     if not runs_compiled(logits):
         return gate_noaux_tc_reference(logits, bias, *limits, normalised, scaling)
     ids = torch.empty(logits.shape[0], experts_per_token, dtype=torch.int64)
@@ -66,6 +70,19 @@ def gate_greedy(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V2's gate, plain with one group and group-limited with more; shapes as in `gate_noaux_tc`."""
+    if runs_kernel(logits):
+        return gate_greedy_kernel(logits, experts_per_token, groups_count, groups_per_token, scaling)
+    return gate_greedy_reference(logits, experts_per_token, groups_count, groups_per_token, scaling)
+
+
+def gate_greedy_reference(
+    logits: torch.Tensor,
+    experts_per_token: int,
+    groups_count: int,
+    groups_per_token: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `gate_greedy` computes, in torch."""
     choice = logits.softmax(dim=-1)
     if groups_count > 1:
         best = choice.unflatten(1, (groups_count, -1)).amax(dim=-1)
