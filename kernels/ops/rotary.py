@@ -2,7 +2,9 @@
 
 import torch
 
+from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import compiled, flat, runs_compiled
+from kernels.ops.rotary_kernel import rotate_kernel
 
 
 def rotation(
@@ -35,7 +37,9 @@ def rotate(
     tokens_count, _, size = hidden.shape
     if not cosines.shape == sines.shape == (tokens_count, size // 2) or size % 2:
         raise ValueError(f"turns of {list(cosines.shape)} do not fit {list(hidden.shape)}")
-    if runs_compiled(hidden):
+    if runs_kernel(hidden):
+        rotate_kernel(hidden, cosines, sines, interleaved)
+    elif runs_compiled(hidden):
         layout = (*hidden.shape[:2], *hidden.stride()[:2])
         _rotate_rows(flat(hidden), layout, cosines.numpy(), sines.numpy(), interleaved)
     else:
