@@ -15,16 +15,16 @@ def gather_latents_reference(
     latents: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, value_dim: int
 ) -> None:
     """What `gather_latents` does, in torch."""
-    used = slots >= 0
-    out[..., used, :] = _converted(latents[..., slots[used], :], out.dtype, value_dim)
+    tokens, slots = _used(slots)
+    out[..., tokens, :] = _converted(latents.index_select(-2, slots), out.dtype, value_dim)
 
 
 def scatter_latents_reference(
     rows: torch.Tensor, slots: torch.Tensor, latents: torch.Tensor, value_dim: int
 ) -> None:
     """What `scatter_latents` does, in torch."""
-    used = slots >= 0
-    latents[..., slots[used], :] = _converted(rows[..., used, :], latents.dtype, value_dim)
+    tokens, slots = _used(slots)
+    latents.index_copy_(-2, slots, _converted(rows[..., tokens, :], latents.dtype, value_dim))
 
 
 def gather_latents(latents: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, value_dim: int) -> None:
@@ -47,6 +47,12 @@ def scatter_latents(rows: torch.Tensor, slots: torch.Tensor, latents: torch.Tens
     _check(rows, latents, slots, rows.shape[-2], value_dim)
     run = scatter_latents_kernel if runs_kernel(latents) else scatter_latents_reference
     run(rows, slots, latents, value_dim)
+
+
+def _used(slots: torch.Tensor) -> tuple["slice | torch.Tensor", torch.Tensor]:
+    """Which tokens have slots, as a slice if all have; and these slots."""
+    used = slots >= 0
+    return (slice(None), slots.long()) if used.all() else (used, slots[used].long())
 
 
 def _converted(rows: torch.Tensor, dtype: torch.dtype, value_dim: int) -> torch.Tensor:

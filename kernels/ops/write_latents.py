@@ -7,9 +7,10 @@ The pages are all that is written: attention reads them, and who sends latents g
 import torch
 
 from kernels.ops.backend import runs_kernel
+from kernels.ops.copy_latents import scatter_latents
 from kernels.ops.latent_format import pack_latents_reference, packed_bytes
-from kernels.ops.rms_norm import rms_norm_reference
-from kernels.ops.rotary import rotate_reference
+from kernels.ops.rms_norm import rms_norm, rms_norm_reference
+from kernels.ops.rotary import rotate, rotate_reference
 from kernels.ops.write_latents_kernel import write_latents_kernel
 
 
@@ -51,8 +52,15 @@ def write_latents(
     float32, or `[slots, packed_bytes]` uint8, packed FP8. Raises ValueError for rows that do not fit.
     """
     _check(down, norm_weight, cosines, sines, slots, latents)
-    run = write_latents_kernel if runs_kernel(down) else write_latents_reference
-    run(down, norm_weight, eps, cosines, sines, interleaved, slots, latents)
+    if runs_kernel(down):
+        write_latents_kernel(down, norm_weight, eps, cosines, sines, interleaved, slots, latents)
+        return
+    rows = down.clone(memory_format=torch.contiguous_format)
+    value, position = rows.tensor_split([norm_weight.shape[0]], dim=1)
+    rms_norm(value, norm_weight, eps, out=value)
+    rotate(position.unsqueeze(1), cosines, sines, interleaved)
+    rows = rows if latents.dtype == torch.uint8 else rows.to(latents.dtype)
+    scatter_latents(rows, slots, latents, norm_weight.shape[0])
 
 
 def _check(
