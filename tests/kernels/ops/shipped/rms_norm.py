@@ -1,14 +1,27 @@
-"""The norm as V3 launches it."""
+"""The norms as V3 launches them."""
 
-import torch
+from kernels.ops.rms_norm_kernel import (
+    add_rms_norm_kernel,
+    add_rms_norm_quantize_kernel,
+    rms_norm_kernel,
+    rms_norm_quantize_kernel,
+)
+from tests.kernels.ops.shipping import Shipped, bfloat16, meta
 
-from kernels.ops.rms_norm_kernel import rms_norm_kernel
-from tests.kernels.ops.shipping import Shipped, bfloat16
+EPS = 1e-6
+ROWS, WEIGHT = bfloat16(128, 7168), bfloat16(7168)
 
 SHIPPED = {
-    f"rms_norm {size}": Shipped(lambda size=size: rms_norm_kernel(bfloat16(128, size), bfloat16(size), 1e-6))
+    f"rms_norm {size}": Shipped(lambda size=size: rms_norm_kernel(bfloat16(128, size), bfloat16(size), EPS))
     for size in (512, 1536, 7168)
+} | {
+    "rms_norm float32": Shipped(lambda: rms_norm_kernel(meta(4, 7168), WEIGHT, EPS)),
+    "rms_norm_quantize": Shipped(lambda: rms_norm_quantize_kernel(ROWS, WEIGHT, EPS)),
+    "rms_norm_quantize 1536": Shipped(
+        lambda: rms_norm_quantize_kernel(bfloat16(128, 1536), bfloat16(1536), EPS)
+    ),
+    "add_rms_norm": Shipped(lambda: add_rms_norm_kernel(ROWS, bfloat16(128, 7168), WEIGHT, EPS)),
+    "add_rms_norm_quantize": Shipped(
+        lambda: add_rms_norm_quantize_kernel(ROWS, bfloat16(128, 7168), WEIGHT, EPS)
+    ),
 }
-SHIPPED["rms_norm float32"] = Shipped(
-    lambda: rms_norm_kernel(torch.empty(4, 7168, device="meta"), bfloat16(7168), 1e-6)
-)
