@@ -121,6 +121,18 @@ def test_codes_and_scales_are_right_at_every_border(device):
     assert torch.equal(packed, pack_latents_reference(rows, 128))
 
 
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan")])
+def test_a_tile_that_is_not_finite_stays_so_and_others_finite(number, device):
+    rows = torch.randn(2, 260 + 6)
+    rows[1, 130] = number
+    packed = carried(
+        gather_latents_kernel, rows, poisoned((2,), ODD, torch.uint8), torch.arange(2), 260, device
+    )
+    back = unpack_latents_reference(packed, 260)
+    assert back[1, 128:256].isnan().all()
+    assert back[0].isfinite().all() and back[1, :128].isfinite().all() and back[1, 256:].isfinite().all()
+
+
 @pytest.mark.parametrize("formats", FORMATS[:1] + FORMATS[2:4] + FORMATS[5:6], ids=str)
 def test_rows_of_wider_memory_are_copied_alone(formats, device):
     """Layers, slots and numbers each a part of something larger, whose rest stays."""
