@@ -101,7 +101,7 @@ def test_a_token_that_is_no_number_spoils_only_itself(gate, spoiled, device):
         weights, ids = by_kernel(gate, logits, None, limits)
         assert torch.equal(weights[2:], alone[0]) and torch.equal(ids[2:], alone[1])
         assert weights[1].isnan().all()
-        assert len(set(ids[1].tolist())) == 6 and 0 <= ids.min() and ids.max() < 20
+        assert len(set(ids[1].tolist())) == 6 and ids.min() >= 0 and ids.max() < 20
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -111,7 +111,8 @@ def test_the_greatest_and_the_smallest_logits_are_numbers_still(device):
         weights, ids = by_kernel(gate, logits, None, (8, 2, 2, 1))
         expected = by_reference(gate, logits, None, (8, 2, 2, 1))
         assert (weights - expected[0]).abs().max() < 2.5 * WEIGHT_TOLERANCE
-        assert set(ids[0].tolist()) == {"noaux_tc": {1, 3}, "greedy": {0, 1}}[gate], "V2's 0 and 3 both weigh nothing"
+        # in V2's the second weighs nothing, and of those that do it is the first
+        assert set(ids[0].tolist()) == {"noaux_tc": {1, 3}, "greedy": {0, 1}}[gate]
 
 
 @pytest.mark.parametrize("gate", GATES)
