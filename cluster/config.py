@@ -71,6 +71,14 @@ class ModelSection(Section):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="in which numbers to compute; float32 is exact and best on CPUs"
     )
+    latents: Literal["computed", "fp8"] = Field(
+        "computed",
+        description="how latents are kept and sent: as the numbers computed in, or as FP8 "
+        "(656 bytes a token and layer of V3, where bfloat16 takes 1,152)",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where nodes and shards compute; auto: on the GPU that Ray gives an actor, if any"
+    )
     name: str = Field(
         "", max_length=128, description="what clients see as the model's name; empty: the folder's name"
     )

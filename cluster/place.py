@@ -4,6 +4,8 @@ import math
 import secrets
 from dataclasses import dataclass, field
 
+import torch
+
 from cluster.config import AUTO, ClusterConfig
 from cluster.scaling import AutoscalerConfig, PoolLimits
 from cluster.token_file import read_token
@@ -11,6 +13,7 @@ from experts.config import PlanConfig
 from experts.rebalance import RebalanceConfig
 from kernels.model.config import ModelConfig
 from kernels.model.pages import PAGE_TOKENS
+from kernels.ops.latent_format import packed_bytes
 from kernels.transport.connect import own_host
 
 ACTORS_MAX = 1024
@@ -100,9 +103,22 @@ def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> Au
     )
 
 
+def device_of(config: ClusterConfig) -> str:
+    """Where this process computes: on its GPU if it has one and may, else on the CPU."""
+    if config.model.device != AUTO:
+        return config.model.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def latent_bytes(model: ModelConfig, config: ClusterConfig) -> int:
+    """Memory of one token's latent of one layer."""
+    if config.model.latents == "fp8":
+        return packed_bytes(model.kv_lora_rank, model.qk_rope_head_dim)
+    return model.latent_dim * ITEM_BYTES[config.model.compute_dtype]
+
+
 def context_tokens_max(model: ModelConfig, config: ClusterConfig) -> int:
     """Prompt and output of a request: what the model was made for, and what any one node can hold."""
-    item_bytes = ITEM_BYTES[config.model.compute_dtype]
-    page_bytes = model.layers_count * PAGE_TOKENS * model.latent_dim * item_bytes
+    page_bytes = model.layers_count * PAGE_TOKENS * latent_bytes(model, config)
     smallest_bytes = min(config.prefill.latents_bytes, config.decode.latents_bytes)
     return min(model.positions_max, smallest_bytes // page_bytes * PAGE_TOKENS)

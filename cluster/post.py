@@ -111,6 +111,7 @@ def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNo
         section.step_tokens_max,
         section.requests_max,
         section.micro_batches,
+        packs_latents=place.config.model.latents == "fp8",
     )
     return PrefillNode(config, transformer)
 
@@ -126,6 +127,7 @@ def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode
         section.requests_max,
         section.micro_batches,
         place.config.transport.lease_s,
+        packs_latents=place.config.model.latents == "fp8",
     )
     return DecodeNode(config, transformer)
 

@@ -14,3 +14,5 @@ class DecodeConfig:
     requests_max: int = 64
     micro_batches: int = 2
     lease_s: float = 30.0
+    packs_latents: bool = False
+    """Whether latents are kept and sent as FP8."""

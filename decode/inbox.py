@@ -16,10 +16,31 @@ from decode.messages import (
     checksum,
 )
 from decode.request import DecodeRequest
+from kernels.model.host_copies import host_memory
 from kernels.model.latent_cache import LatentCache, page_runs
 from kernels.model.pages import pages_for
 from kernels.transport.channel import Channel
 from kernels.transport.tensors import NAMES, as_bytes
+
+
+class Arriving:
+    """A frame of latents that is being received: into its pages, or into the host's memory on their way."""
+
+    def __init__(self, request: DecodeRequest, latents: Latents, cache: LatentCache):
+        self.request = request
+        self.latents = latents
+        layer = cache.latents[latents.layer]
+        self._places = [layer[run] for run in page_runs(request.pages, latents.begin, latents.end)]
+        self._memory = self._places
+        if layer.is_cuda:
+            self._memory = [host_memory(place.shape, place.dtype) for place in self._places]
+        self.views = [as_bytes(memory) for memory in self._memory]
+
+    def settle(self) -> None:
+        """Bring what has come to its pages, if it is not there; the device does so before its next step."""
+        for place, memory in zip(self._places, self._memory, strict=True):
+            if memory is not place:
+                place.copy_(memory, non_blocking=True)
 
 
 class Inbox:
@@ -33,7 +54,7 @@ class Inbox:
         self._clock = clock
         self._lock = threading.RLock()
         self._waiting: dict[str, DecodeRequest] = {}
-        self._receiving: dict[Channel, tuple[DecodeRequest, Latents, list[memoryview]]] = {}
+        self._receiving: dict[Channel, Arriving] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -80,19 +101,20 @@ class Inbox:
             if request is None or not self._fits(request, channel, latents, payload_bytes):
                 self.refused_count += 1
                 return None
-            layer = self._cache.latents[latents.layer]
-            runs = page_runs(request.pages, latents.begin, latents.end)
-            views = [as_bytes(layer[run]) for run in runs]
+            arriving = Arriving(request, latents, self._cache)
             request.receiving_count += 1
             request.prefill = channel
-            self._receiving[channel] = (request, latents, views)
-            return views
+            self._receiving[channel] = arriving
+            return arriving.views
 
     def received(self, channel: Channel) -> DecodeRequest | None:
         """Enter the frame that `channel` has just brought; the request itself if its bytes were damaged."""
-        request, latents, views = self._receiving[channel]
-        intact = checksum(views) == latents.checksum
+        arriving = self._receiving[channel]
+        request, latents = arriving.request, arriving.latents
+        intact = checksum(arriving.views) == latents.checksum
         with self._lock:
+            if intact and not request.cancelled:
+                arriving.settle()
             self._stop_receiving(channel)
             if request.cancelled:
                 return None
@@ -178,7 +200,6 @@ class Inbox:
 
     def _fits(self, request: DecodeRequest, channel: Channel, latents: Latents, payload_bytes: int) -> bool:
         tokens_count = latents.end - latents.begin
-        token_bytes = self._cache.latents.shape[-1] * self._cache.latents.element_size()
         return (
             latents.generation == request.asked.generation
             and request.prefill in (None, channel)
@@ -186,7 +207,7 @@ class Inbox:
             and latents.begin == request.latents_counts[latents.layer]
             and latents.begin < latents.end <= len(request.asked.token_ids)
             and latents.dtype == NAMES[self._cache.latents.dtype]
-            and payload_bytes == tokens_count * token_bytes
+            and payload_bytes == tokens_count * self._cache.layout.row_bytes
         )
 
     def _forget(self, request_id: str, generation: int) -> bool:
@@ -200,7 +221,7 @@ class Inbox:
         return True
 
     def _stop_receiving(self, channel: Channel) -> None:
-        request, _, _ = self._receiving.pop(channel)
+        request = self._receiving.pop(channel).request
         request.receiving_count -= 1
         if request.cancelled and request.receiving_count == 0:
             self._cache.pool.release(request.pages)

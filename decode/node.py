@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from decode.batcher import DecodeBatcher
 from decode.config import DecodeConfig
+from decode.graphs import CudaRecorder
 from decode.inbox import Inbox
 from decode.messages import (
     DOWN,
@@ -53,9 +54,8 @@ class DecodeNode:
     ):
         model = transformer.config
         self.config = config
-        self.cache = LatentCache(
-            model.layers_count, model.latent_dim, transformer.dtype, config.latents_bytes
-        )
+        layout = transformer.latent_layout(config.packs_latents)
+        self.cache = LatentCache(model.layers_count, layout, config.latents_bytes, transformer.device)
         self.batcher = DecodeBatcher(config.requests_max)
         self.failures: Counter[str] = Counter()
         self.tokens_count = 0
@@ -68,7 +68,8 @@ class DecodeNode:
         self.trace_dispatches: Callable[[str], None] = lambda place: None
         self.spans = SpanLog()
         self._model = model
-        self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches)
+        make_recorder = CudaRecorder if transformer.device.type == "cuda" else None
+        self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches, make_recorder)
         self._clock = clock
         self._receiving: dict[Channel, tuple[float, int]] = {}
         self._cancelled: set[tuple[str, int]] = set()

@@ -85,6 +85,8 @@ class Call:
 class RemoteExperts:
     """The plug of a node into its shard group; one thread dispatches, any one may bring a new placement."""
 
+    is_recordable = False
+
     def __init__(self, config: DispatchConfig):
         self.config = config
         self._route: Route | None = None

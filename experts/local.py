@@ -27,13 +27,19 @@ class Computed:
 class LocalExperts:
     """RoutedExperts without a wire."""
 
+    is_recordable = False
+
     def __init__(self, config: ModelConfig, weights: ExpertWeights):
         self._weights = weights
         self.load = ExpertLoad(config.dense_layers_count, len(config.moe_layers), config.routed_experts_count)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, dtype: torch.dtype, on_progress: ProgressCallback | None = None
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        on_progress: ProgressCallback | None = None,
+        device: torch.device | str = "cpu",
     ) -> "LocalExperts":
         """Load every expert of a checkpoint; raises CheckpointError."""
         weights = load_experts(checkpoint, every_expert(checkpoint), dtype, on_progress)

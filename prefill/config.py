@@ -14,3 +14,5 @@ class PrefillConfig:
     step_tokens_max: int = 512
     requests_max: int = 64
     micro_batches: int = 1
+    packs_latents: bool = False
+    """Whether latents are kept and sent as FP8."""

@@ -20,6 +20,7 @@ from decode.messages import (
 )
 from experts.errors import ExpertsError
 from experts.messages import DispatchReport
+from kernels.model.host_copies import HostCopies
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
 from kernels.model.transformer import Transformer
@@ -51,9 +52,8 @@ class PrefillNode:
     ):
         model = transformer.config
         self.config = config
-        self.cache = LatentCache(
-            model.layers_count, model.latent_dim, transformer.dtype, config.latents_bytes
-        )
+        layout = transformer.latent_layout(config.packs_latents)
+        self.cache = LatentCache(model.layers_count, layout, config.latents_bytes, transformer.device)
         self.prefix = PrefixPages(self.cache.pool)
         self.batcher = PrefillBatcher(config.step_tokens_max, config.requests_max)
         self.failures: Counter[str] = Counter()
@@ -69,6 +69,7 @@ class PrefillNode:
         self._model = model
         self.prefill_step = PrefillStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
+        self._copies = HostCopies()
         self._lock = threading.Lock()
         self._arrived: list[PrefillRequest] = []
         self._ended: list[tuple[str, int]] = []
@@ -269,10 +270,11 @@ class PrefillNode:
         count = request.cached_tokens_count
         for layer in range(self._model.layers_count):
             latents = self.prefill_step.cached_latents(request.pages, layer, count)
-            self.outbox.put(Parcel(request, layer, 0, count, latents))
+            self.outbox.put(Parcel(request, layer, 0, count, self._copies.begin(latents)))
 
     def _send_latents(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
-        self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, latents))
+        copy = self._copies.begin(latents)
+        self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, copy))
 
     def _finish(self, complete: Sequence[PrefillRequest], logits: torch.Tensor) -> None:
         if not complete:

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from decode.messages import DOWN as DECODE_DOWN
 from decode.messages import FirstToken, Latents, checksum
+from kernels.model.host_copies import HostCopy
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError, ChannelTimeout
 from kernels.transport.stream import StreamChannel
@@ -36,7 +35,7 @@ class Parcel:
     layer: int
     begin: int
     end: int
-    latents: torch.Tensor | None
+    latents: HostCopy | None
     token_id: int = -1
 
 
@@ -101,8 +100,9 @@ class Outbox:
             if parcel.latents is None:
                 DECODE_DOWN.send(channel, FirstToken(asked.request_id, asked.generation, parcel.token_id))
                 return
-            data = as_bytes(parcel.latents)
-            dtype = NAMES[parcel.latents.dtype]
+            latents = parcel.latents.wait()
+            data = as_bytes(latents)
+            dtype = NAMES[latents.dtype]
             span = (parcel.layer, parcel.begin, parcel.end, dtype, checksum([data]))
             self._wait_for_room(channel, data.nbytes)
             DECODE_DOWN.send(channel, Latents(asked.request_id, asked.generation, *span), [data])

@@ -6,15 +6,17 @@ from itertools import accumulate, pairwise
 import torch
 
 from kernels.model.attention import LatentAttention
-from kernels.model.latent_cache import LatentCache, slots_of
+from kernels.model.latent_cache import LatentCache, as_index, slots_of
 from kernels.model.pages import PAGE_TOKENS
 from kernels.model.transformer import Lane, Transformer, run_lanes
+from kernels.ops.backend import runs_kernel
+from prefill.contexts import contexts_of
 from prefill.request import Chunk
 
 LANE_TOKENS_MIN = 128  # fewer are not worth a second round of dispatches
 
 OnLatents = Callable[[Chunk, int, torch.Tensor], None]
-"""(chunk, layer, latents [chunk's tokens, latent_dim]), called as soon as they are known."""
+"""(chunk, layer, latents [chunk's tokens, row] as the cache holds them), called as soon as they are known."""
 
 
 class PrefillStep:
@@ -45,24 +47,28 @@ class PrefillStep:
 
     @torch.inference_mode()
     def cached_latents(self, pages: Sequence[int], layer: int, tokens_count: int) -> torch.Tensor:
-        """A copy of what the pages hold of one layer, `[tokens, latent_dim]`."""
+        """A copy of what the pages hold of one layer, `[tokens, row]`."""
         return self.cache.read(layer, slots_of(pages, 0, tokens_count)).clone()
 
     def _lane(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> Lane:
         borders = [0, *accumulate(chunk.tokens_count for chunk in chunks)]
         rows = [slice(begin, end) for begin, end in pairwise(borders)]
-        rotation = self.transformer.rotation(
-            torch.cat([torch.arange(chunk.begin, chunk.end) for chunk in chunks])
-        )
+        device = self.transformer.device
+        positions = torch.cat([torch.arange(chunk.begin, chunk.end) for chunk in chunks])
+        rotation = self.transformer.rotation(positions.to(device))
         places = [slots_of(chunk.request.pages, chunk.begin, chunk.end) for chunk in chunks]
-        slots = torch.cat([as_index(place) for place in places])
+        slots = torch.cat([as_index(place) for place in places]).to(device)
         contexts = [slots_of(chunk.request.pages, 0, chunk.end) for chunk in chunks]
+        windowed = contexts_of(chunks, device) if runs_kernel(self.cache.latents) else None
 
         def attend(layer: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
-            queries, latents = attention.compress(normed, rotation)
-            self.cache.write(layer, slots, latents)
+            queries, fresh = attention.compress(normed, rotation)
+            attention.store(fresh, rotation, self.cache.latents[layer], slots)
+            stored = self.cache.read(layer, slots)  # a copy: pages may be another's before it is sent
             for chunk, some in zip(chunks, rows, strict=True):
-                on_latents(chunk, layer, latents[some])
+                on_latents(chunk, layer, stored[some])
+            if windowed is not None:
+                return attention.expand_windows(queries, self.cache.latents[layer], windowed)
             mixed = [
                 attention.expand(queries[some], self.cache.read(layer, context))
                 for some, context in zip(rows, contexts, strict=True)
@@ -72,12 +78,8 @@ class PrefillStep:
         token_ids = [
             token for chunk in chunks for token in chunk.request.asked.token_ids[chunk.begin : chunk.end]
         ]
-        return self.transformer.lane(self.transformer.embed(token_ids), attend)
-
-
-def as_index(slots: "slice | torch.Tensor") -> torch.Tensor:
-    """Slots as an index int64."""
-    return torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+        hidden = self.transformer.embed(torch.tensor(token_ids, device=device))
+        return self.transformer.lane(hidden, attend, self.transformer.routed)
 
 
 def split_chunks(chunks: Sequence[Chunk], parts_count: int) -> list[list[Chunk]]:

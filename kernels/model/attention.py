@@ -4,17 +4,22 @@
 into queries and outputs instead and attends over the latents themselves, for one token a request.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, softmax_scale
+from kernels.ops.copy_latents import gather_latents
+from kernels.ops.latent_format import unpack_latents_reference
 from kernels.ops.linear import linear, linear_by_head, packed
+from kernels.ops.merge_attention import merge_attention
 from kernels.ops.mla_decode import mla_decode
-from kernels.ops.mla_prefill import mla_prefill
+from kernels.ops.mla_prefill import mla_prefill, mla_prefill_ragged
 from kernels.ops.rms_norm import rms_norm
 from kernels.ops.rotary import rotate
+from kernels.ops.write_latents import write_latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,30 @@ class Rotation:
 
     cosines: torch.Tensor
     sines: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeyWindow:
+    """A window of several prompts' contexts: the slots of its tokens, one prompt's after the other's."""
+
+    slots: torch.Tensor
+    """`[tokens]` int64."""
+    starts: torch.Tensor
+    """Where each prompt's tokens begin, `[prompts + 1]` int32."""
+    is_causal: bool
+    """Whether it ends with the prompts' queries, which then do not see what comes after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowedQueries:
+    """Consecutive rows of a step, of several prompts, and the windows that they attend to in turn."""
+
+    rows: slice
+    starts: torch.Tensor
+    """Where each prompt's queries begin, from the first of these rows on, `[prompts + 1]` int32."""
+    tokens_max: int
+    """Queries of a prompt at most."""
+    windows: Sequence[KeyWindow]
 
 
 class LatentAttention:
@@ -61,31 +90,75 @@ class LatentAttention:
         return torch.cat([query_bias, latent_bias])
 
     def compress(self, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[tokens, heads, nope + rope]` and latents `[tokens, latent_dim]` of `hidden`."""
+        """Queries `[tokens, heads, nope + rope]` and latents `[tokens, latent_dim]` of `hidden`.
+
+        The latents are as they were projected: `store` makes of them what is attended to.
+        """
         config = self.config
         down = linear(hidden, self._down, self._down_bias)
-        query, latent = down[:, : -config.latent_dim], down[:, -config.latent_dim :].contiguous()
+        query, latent = down[:, : -config.latent_dim], down[:, -config.latent_dim :]
         if config.q_lora_rank is not None:
             query = linear(rms_norm(query, self._query_norm, config.latent_norm_eps), self._query_up)
         queries = query.unflatten(1, (config.heads_count, config.qk_head_dim))
-        self._rotate(queries[..., config.qk_nope_head_dim :], rotation)
-        value, key = latent[:, : config.kv_lora_rank], latent[:, config.kv_lora_rank :]
-        rms_norm(value, self._latent_norm, config.latent_norm_eps, out=value)
-        self._rotate(key.unsqueeze(1), rotation)
+        rotate(
+            queries[..., config.qk_nope_head_dim :],
+            rotation.cosines,
+            rotation.sines,
+            config.rope.interleaved,
+        )
         return queries, latent
 
+    def store(
+        self, latent: torch.Tensor, rotation: Rotation, latents: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Norm and turn `latent [tokens, latent_dim]`, into `slots [tokens]` of `latents [slots, row]`."""
+        config = self.config
+        eps, turns = config.latent_norm_eps, (rotation.cosines, rotation.sines, config.rope.interleaved)
+        write_latents(latent, self._latent_norm, eps, *turns, slots, latents)
+
     def expand(self, queries: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Causal attention of a prompt's last chunk over `context [context, latent_dim]`, which ends with it.
+        """Causal attention of a prompt's last chunk over `context [context, row]`, which ends with it.
 
         The result, `[chunk, heads * v]`, goes into `project`.
         """
         config = self.config
+        if context.dtype == torch.uint8:
+            context = unpack_latents_reference(context, config.kv_lora_rank, queries.dtype)
         value, key = context.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         unfolded = linear(value, self._latent_up).view(context.shape[0], config.heads_count, -1)
         content, values = unfolded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         position = key.unsqueeze(1).expand(-1, config.heads_count, -1)
         keys = torch.cat([content, position], dim=-1)
         return mla_prefill(queries, keys, values, self.scale).flatten(1)
+
+    def expand_windows(
+        self, queries: torch.Tensor, latents: torch.Tensor, asked: Sequence[WindowedQueries]
+    ) -> torch.Tensor:
+        """As `expand`, of many prompts' chunks over their contexts in one layer's `latents [slots, row]`."""
+        return torch.cat([self._expand_some(queries[some.rows], latents, some) for some in asked])
+
+    def _expand_some(
+        self, queries: torch.Tensor, latents: torch.Tensor, asked: WindowedQueries
+    ) -> torch.Tensor:
+        merged = None
+        for window in asked.windows:
+            keys, position, values = self._unfold(latents, window.slots, queries.dtype)
+            bounds = (asked.starts, window.starts, self.scale, window.is_causal, asked.tokens_max)
+            part = mla_prefill_ragged(queries, keys, position, values, *bounds)
+            merged = part if merged is None else merge_attention(*merged, *part, in_place=True)
+        return merged[0].flatten(1)
+
+    def _unfold(
+        self, latents: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys without position `[tokens, heads, nope]`, positions `[tokens, rope]`, values of some slots."""
+        config = self.config
+        rows = torch.empty(len(slots), config.latent_dim, dtype=dtype, device=latents.device)
+        gather_latents(latents, slots, rows, config.kv_lora_rank)
+        value, position = rows.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        unfolded = linear(value, self._latent_up).unflatten(1, (config.heads_count, -1))
+        keys, values = unfolded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        return keys, position, values
 
     def absorb(
         self, queries: torch.Tensor, latents: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor
@@ -100,6 +173,3 @@ class LatentAttention:
     def project(self, attended: torch.Tensor) -> torch.Tensor:
         """All heads' outputs `[tokens, heads * v]` back to `[tokens, hidden]`."""
         return linear(attended, self._out, self._out_bias)
-
-    def _rotate(self, hidden: torch.Tensor, rotation: Rotation) -> None:
-        rotate(hidden, rotation.cosines, rotation.sines, self.config.rope.interleaved)

@@ -76,6 +76,19 @@ class Checkpoint:
                 on_progress(bytes_done, bytes_total)
         return loaded
 
+    def load_fp8(self, names: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Copies of the named weights as they are stored, FP8 and their float32 scales; raises CheckpointError."""
+        loaded = {}
+        with ExitStack() as stack:
+            files = _OpenFiles(stack)
+            for name in names:
+                weight = files.read(name, self._stored[name])
+                if weight.dtype != torch.float8_e4m3fn:
+                    raise CheckpointError(f"{name}: is {weight.dtype}, while config.json promises FP8")
+                scales = files.read(name + SCALE_SUFFIX, self._stored[name + SCALE_SUFFIX])
+                loaded[name] = weight.clone(), scales.to(torch.float32, copy=True)
+        return loaded
+
     def _in_disk_order(self, names: dict) -> list[str]:
         return sorted(names, key=lambda name: (self._stored[name].path, self._stored[name].start))
 

@@ -1,6 +1,5 @@
 """A layer's mixture of experts, which never learns where the experts live."""
 
-import copy
 from typing import Protocol
 
 import torch
@@ -22,6 +21,9 @@ class PendingExperts(Protocol):
 class RoutedExperts(Protocol):
     """The socket that experts plug into: in this process, or in shards of their own."""
 
+    is_recordable: bool
+    """Whether a dispatch is computed at once on the device of its tokens, without a look at their values."""
+
     def dispatch(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
     ) -> PendingExperts:
@@ -31,6 +33,8 @@ class RoutedExperts(Protocol):
 class NoExperts:
     """An empty socket: for weights that are loaded before it is known who serves from them."""
 
+    is_recordable = False
+
     def dispatch(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
     ) -> PendingExperts:
@@ -39,23 +43,16 @@ class NoExperts:
 
 
 class MixtureOfExperts:
-    """The gate, the shared experts, and the socket for the routed ones."""
+    """The gate and the shared experts; the routed ones are whoever's the caller plugs in."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int, routed: RoutedExperts):
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int):
         self.config = config
         self.layer = layer
-        self.routed = routed
         prefix = f"model.layers.{layer}.mlp."
         self._gate = packed(weights[f"{prefix}gate.weight"].float())
         self._gate_bias = weights.get(f"{prefix}gate.e_score_correction_bias")
         shared = config.shared_experts_count > 0
         self._shared = gated_weights(weights, f"{prefix}shared_experts.") if shared else None
-
-    def plugged_into(self, routed: RoutedExperts) -> "MixtureOfExperts":
-        """The same weights with other routed experts."""
-        twin = copy.copy(self)
-        twin.routed = routed
-        return twin
 
     def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert weights float32 and ids int64, `[tokens, choices]`, of `hidden [tokens, hidden]`."""
@@ -66,10 +63,10 @@ class MixtureOfExperts:
             return gate_noaux_tc(logits, self._gate_bias, *limits, gate.normalised, gate.scaling)
         return gate_greedy(logits, *limits, gate.scaling)
 
-    def dispatch(self, hidden: torch.Tensor) -> PendingExperts:
+    def dispatch(self, hidden: torch.Tensor, routed: RoutedExperts) -> PendingExperts:
         """Send each token to its experts; the shared ones can be computed meanwhile."""
         weights, ids = self.choose(hidden)
-        return self.routed.dispatch(self.layer, hidden, ids, weights)
+        return routed.dispatch(self.layer, hidden, ids, weights)
 
     def shared(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Output of the shared experts, `[tokens, hidden]`, or None where the model has none."""

@@ -8,6 +8,7 @@ import torch
 from kernels.model.attention import LatentAttention, Rotation
 from kernels.model.checkpoint import Checkpoint, ProgressCallback, attention_half_names
 from kernels.model.config import ModelConfig
+from kernels.model.latent_cache import LatentLayout
 from kernels.model.layers import Weights, gated_weights, rope_frequencies, rope_scale
 from kernels.model.moe import MixtureOfExperts, RoutedExperts
 from kernels.ops.expert_mlp import gated_mlp
@@ -25,37 +26,38 @@ Lane = Generator[None, None, torch.Tensor]
 class Layer:
     """One layer's weights."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int, routed: RoutedExperts):
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int):
         prefix = f"model.layers.{layer}."
         self.attention = LatentAttention(config, weights, layer)
         self.before_attention = weights[f"{prefix}input_layernorm.weight"]
         self.before_mlp = weights[f"{prefix}post_attention_layernorm.weight"]
         moe = config.is_moe_layer(layer)
-        self.moe = MixtureOfExperts(config, weights, layer, routed) if moe else None
+        self.moe = MixtureOfExperts(config, weights, layer) if moe else None
         self.dense = None if moe else gated_weights(weights, f"{prefix}mlp.")
-
-    def plugged_into(self, routed: RoutedExperts) -> "Layer":
-        """The same weights with other routed experts."""
-        twin = copy.copy(self)
-        twin.moe = self.moe.plugged_into(routed) if self.moe is not None else None
-        return twin
 
 
 class Transformer:
     """Hidden states from tokens, and logits from hidden states; who attends to what is the caller's."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], routed: RoutedExperts):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor],
+        routed: RoutedExperts,
+        device: torch.device | str = "cpu",
+    ):
         """Layers take their weights out of `weights`, for packed ones are copies."""
         self.config = config
+        self.routed = routed
         self.layers: list[Layer] = []
         for layer in range(config.layers_count):
-            self.layers.append(Layer(config, weights, layer, routed))
-            for name in [name for name in weights if name.startswith(f"model.layers.{layer}.")]:
-                del weights[name]
-        self._embedding = weights["model.embed_tokens.weight"]
-        self._norm = weights["model.norm.weight"]
-        self._head = packed(self._embedding if config.tied_head else weights["lm_head.weight"])
-        self._frequencies = rope_frequencies(config.rope, config.qk_rope_head_dim)
+            names = [name for name in weights if name.startswith(f"model.layers.{layer}.")]
+            own = {name: weights.pop(name).to(device) for name in names}
+            self.layers.append(Layer(config, own, layer))
+        self._embedding = weights["model.embed_tokens.weight"].to(device)
+        self._norm = weights["model.norm.weight"].to(device)
+        self._head = packed(self._embedding if config.tied_head else weights["lm_head.weight"].to(device))
+        self._frequencies = rope_frequencies(config.rope, config.qk_rope_head_dim).to(device)
         self._rope_scale = rope_scale(config.rope)
 
     @classmethod
@@ -65,15 +67,16 @@ class Transformer:
         dtype: torch.dtype,
         routed: RoutedExperts,
         on_progress: ProgressCallback | None = None,
+        device: torch.device | str = "cpu",
     ) -> "Transformer":
         """Load everything but the routed experts, computed in `dtype`; raises CheckpointError."""
         names = attention_half_names(checkpoint.config)
-        return cls(checkpoint.config, checkpoint.load(names, dtype, on_progress), routed)
+        return cls(checkpoint.config, checkpoint.load(names, dtype, on_progress), routed, device)
 
     def plugged_into(self, routed: RoutedExperts) -> "Transformer":
         """The same weights with other routed experts: a further node in this process costs no memory."""
         twin = copy.copy(self)
-        twin.layers = [layer.plugged_into(routed) for layer in self.layers]
+        twin.routed = routed
         return twin
 
     @property
@@ -81,15 +84,25 @@ class Transformer:
         """The type that hidden states and latents are computed in."""
         return self._embedding.dtype
 
-    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Hidden states `[tokens, hidden]` that enter the first layer."""
-        return self._embedding[torch.tensor(token_ids, dtype=torch.int64)]
+    def latent_layout(self, packs_latents: bool) -> LatentLayout:
+        """How its latents lie in memory: in its own numbers, or as FP8."""
+        config, dtype = self.config, torch.uint8 if packs_latents else self.dtype
+        return LatentLayout(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._embedding.device
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[tokens, hidden]` of `token_ids [tokens]`, as they enter the first layer."""
+        return self._embedding[token_ids]
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """How the tokens at `positions [tokens]` are turned, in every layer."""
         return Rotation(*rotation(positions, self._frequencies, self._rope_scale))
 
-    def lane(self, hidden: torch.Tensor, attend: Attend) -> Lane:
+    def lane(self, hidden: torch.Tensor, attend: Attend, routed: RoutedExperts) -> Lane:
         """Carry `hidden [tokens, hidden]` through all layers, pausing while the routed experts have it."""
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self.layers):
@@ -99,7 +112,7 @@ class Transformer:
             if layer.moe is None:
                 hidden = hidden + gated_mlp(normed, layer.dense)
                 continue
-            pending = layer.moe.dispatch(normed)
+            pending = layer.moe.dispatch(normed, routed)
             shared = layer.moe.shared(normed)
             yield
             mixed = pending.combine()

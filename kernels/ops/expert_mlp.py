@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
 from kernels.ops.linear import linear, packed, rows_missing
 
@@ -51,7 +52,7 @@ def column_by_column(weight: torch.Tensor) -> torch.Tensor:
 
 def gated_mlp(hidden: torch.Tensor, weights: GatedWeights) -> torch.Tensor:
     """`hidden [rows, hidden]` through one gated MLP."""
-    if weights.are_small:
+    if weights.are_small and not runs_kernel(hidden):
         return _gated_slots(hidden, torch.arange(len(hidden)), [weights], [len(hidden)])
     gate, up = linear(hidden, weights.gate_up).chunk(2, dim=-1)
     return linear(silu_by_row(gate) * up, weights.down)

@@ -8,6 +8,7 @@ are used again and again are packed once, in the order in which oneDNN reads the
 import torch
 from torch.nn import functional
 
+from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import compiled, multiply_four, runs_compiled
 
 ROWS_MIN = 4
@@ -55,7 +56,7 @@ def linear_by_head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden [rows, heads, in]` by `weight [heads, out, in]`, `[rows, heads, out]`; rows as in `linear`."""
     if hidden.shape[1:] != (weight.shape[0], weight.shape[2]):
         raise ValueError(f"weights {list(weight.shape)} do not fit {list(hidden.shape)}")
-    if not runs_compiled(hidden):
+    if runs_kernel(hidden) or not runs_compiled(hidden):
         return linear_by_head_reference(hidden, weight)
     out = hidden.new_empty(*hidden.shape[:2], weight.shape[1])
     _multiply_by_head(hidden.contiguous().numpy(), weight.numpy(), out.numpy())

@@ -18,7 +18,7 @@ from decode.messages import (
     SamplingParameters,
     checksum,
 )
-from kernels.model.latent_cache import LatentCache, slots_of
+from kernels.model.latent_cache import LatentCache, LatentLayout, slots_of
 from kernels.model.pages import PAGE_TOKENS
 from kernels.transport.tensors import as_bytes
 
@@ -38,7 +38,8 @@ class Place:
 
     def __init__(self):
         self.now_s = 100.0
-        self.cache = LatentCache(LAYERS, DIM, torch.float32, PAGES * LAYERS * PAGE_TOKENS * TOKEN_BYTES)
+        layout = LatentLayout(DIM - 1, 1, torch.float32)
+        self.cache = LatentCache(LAYERS, layout, PAGES * LAYERS * PAGE_TOKENS * TOKEN_BYTES)
         self.cache.latents.fill_(float("nan"))
         self.inbox = Inbox(self.cache, "memory://here", LEASE_S, lambda: self.now_s)
         self.gateway, self.prefill = Wire("gateway"), Wire()

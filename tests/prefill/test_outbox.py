@@ -5,6 +5,7 @@ import torch
 
 import prefill.outbox
 from decode.messages import FirstToken, Latents, SamplingParameters, checksum
+from kernels.model.host_copies import HostCopy
 from kernels.transport.errors import ChannelClosed, ChannelTimeout, ConnectFailed
 from kernels.transport.tensors import as_bytes
 from prefill.messages import PrefillPrompt
@@ -79,7 +80,7 @@ def request(name="r", address="memory://d") -> PrefillRequest:
 
 
 def parcel(of: PrefillRequest, layer=0, tokens=3) -> Parcel:
-    return Parcel(of, layer, 64, 64 + tokens, torch.randn(tokens, 4))
+    return Parcel(of, layer, 64, 64 + tokens, HostCopy(torch.randn(tokens, 4)))
 
 
 def test_latents_go_out_with_all_that_the_fence_asks_for_and_the_first_token_last(outbox, wires):
@@ -87,7 +88,7 @@ def test_latents_go_out_with_all_that_the_fence_asks_for_and_the_first_token_las
     outbox.put(sent)
     outbox.put(Parcel(sent.request, 0, 0, 0, None, 17))
     ((_, wire),) = wires.made
-    data = as_bytes(sent.latents)
+    data = as_bytes(sent.latents.tensor)
     (kind, body, parts), last = wire.sent
     assert (kind, Latents(**body)) == ("Latents", Latents("r", 4, 2, 64, 67, "float32", checksum([data])))
     assert parts == [bytes(data)]
@@ -173,7 +174,7 @@ def test_a_thread_of_its_own_sends_all_and_ends(outbox, wires, failed):
 def test_a_parcel_that_cannot_be_sent_at_all_fails_its_request_and_not_the_thread(outbox, wires, failed):
     odd = request("odd")
     outbox.start()
-    outbox.put(Parcel(odd, 0, 0, 3, torch.zeros(3, 4, dtype=torch.bool)))
+    outbox.put(Parcel(odd, 0, 0, 3, HostCopy(torch.zeros(3, 4, dtype=torch.bool))))
     outbox.put(parcel(request("next")))
     outbox.close()
     assert failed == [odd]

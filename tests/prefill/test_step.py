@@ -24,7 +24,7 @@ class Bench:
     def __init__(self, transformer, micro_batches=1):
         model = transformer.config
         page_bytes = model.layers_count * PAGE_TOKENS * model.latent_dim * 4
-        self.cache = LatentCache(model.layers_count, model.latent_dim, torch.float32, PAGES * page_bytes)
+        self.cache = LatentCache(model.layers_count, transformer.latent_layout(False), PAGES * page_bytes)
         self.cache.latents.fill_(float("nan"))
         self.step = PrefillStep(transformer, self.cache, micro_batches)
         self.given: list[tuple[Chunk, int, torch.Tensor]] = []

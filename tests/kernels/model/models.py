@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config
 
+from kernels.model.attention import LatentAttention, Rotation
 from kernels.model.config import ModelConfig
 
 SMALL = {
@@ -49,3 +50,13 @@ def draw_weights(module: nn.Module) -> None:
         for name, weight in module.named_parameters():
             drawn = torch.randn_like(weight)
             weight.copy_(1 + 0.1 * drawn if "norm" in name else drawn * 0.3)
+
+
+def compressed(
+    attention: LatentAttention, hidden: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, and latents `[tokens, latent_dim]` as a cache would hold them."""
+    queries, fresh = attention.compress(hidden, rotation)
+    rows = torch.empty_like(fresh)
+    attention.store(fresh, rotation, rows, torch.arange(len(rows)))
+    return queries, rows

@@ -15,7 +15,7 @@ from kernels.model.attention import LatentAttention, Rotation
 from kernels.model.config import ModelConfig
 from kernels.model.layers import rope_frequencies, rope_scale
 from kernels.ops.rotary import rotation
-from tests.kernels.model.models import YARN, configs, draw_weights
+from tests.kernels.model.models import YARN, compressed, configs, draw_weights
 from tests.kernels.ops.rows import THREADS, assert_rows_keep_their_bits, threads
 
 ATTENTION_TOLERANCE = 1e-5  # relative to the largest number of the output
@@ -58,7 +58,7 @@ def prefilled(
     attention: LatentAttention, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, queries and latents of a prompt that comes whole."""
-    queries, latents = attention.compress(hidden, turns(attention.config, len(hidden)))
+    queries, latents = compressed(attention, hidden, turns(attention.config, len(hidden)))
     return attention.project(attention.expand(queries, latents)), queries, latents
 
 
@@ -100,12 +100,13 @@ def test_a_token_leaves_the_same_latent_in_any_batch(variant, dtype, threads_cou
     _, _, attention = drawn_attention(variant, dtype)
     hidden, whole = torch.randn(130, 48).to(dtype), turns(attention.config, 130)
 
-    def compressed(some: slice) -> torch.Tensor:
-        queries, latents = attention.compress(hidden[some], Rotation(whole.cosines[some], whole.sines[some]))
+    def of_rows(some: slice) -> torch.Tensor:
+        rotation = Rotation(whole.cosines[some], whole.sines[some])
+        queries, latents = compressed(attention, hidden[some], rotation)
         return torch.cat([queries.flatten(1), latents], dim=1)
 
     with torch.inference_mode(), threads(threads_count):
-        assert_rows_keep_their_bits(compressed)
+        assert_rows_keep_their_bits(of_rows)
 
 
 @pytest.mark.parametrize("threads_count", THREADS)

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.model.latent_cache import LatentCache, is_row, page_runs, slots_of
+from kernels.model.latent_cache import LatentCache, LatentLayout, is_row, page_runs, slots_of
 from kernels.model.pages import PAGE_TOKENS, PagesExhausted
 
 DIM = 4
+LAYOUT = LatentLayout(3, 1, torch.float32)
 PAGE_BYTES = 2 * PAGE_TOKENS * DIM * 4
 
 
@@ -54,7 +55,7 @@ def test_a_row_of_pages_is_a_slice_and_anything_else_an_index():
 
 
 def test_a_row_is_read_without_a_copy():
-    cache = LatentCache(2, DIM, torch.float32, 3 * PAGE_BYTES)
+    cache = LatentCache(2, LAYOUT, 3 * PAGE_BYTES)
     view = cache.read(1, slots_of([1, 2], 0, 128))
     cache.latents[1, 64] = 7.0
     assert view[0].tolist() == [7.0] * DIM
@@ -63,18 +64,18 @@ def test_a_row_is_read_without_a_copy():
 @given(spans())
 def test_what_is_written_is_read_and_nothing_else_is_touched(span):
     pages, begin, end = span
-    cache = LatentCache(2, DIM, torch.float32, 15 * PAGE_BYTES)
+    cache = LatentCache(2, LAYOUT, 15 * PAGE_BYTES)
     cache.latents.fill_(float("nan"))
     latents = torch.randn(end - begin, DIM)
     slots = slots_of(pages, begin, end)
     index = torch.tensor(as_list(slots))
-    cache.write(1, index, latents)
+    cache.latents[1][index] = latents
     assert torch.equal(cache.read(1, slots), latents)
     assert torch.isfinite(cache.latents).all(dim=-1).sum() == end - begin
 
 
 def test_the_budget_is_spent_in_whole_pages():
-    cache = LatentCache(2, DIM, torch.float32, 3 * PAGE_BYTES + PAGE_BYTES - 1)
+    cache = LatentCache(2, LAYOUT, 3 * PAGE_BYTES + PAGE_BYTES - 1)
     assert cache.page_bytes == PAGE_BYTES
     assert cache.pool.pages_count == 3
     assert cache.latents.shape == (2, 3 * PAGE_TOKENS, DIM)
@@ -82,4 +83,4 @@ def test_the_budget_is_spent_in_whole_pages():
 
 def test_a_budget_below_one_page_is_refused_with_the_remedy():
     with pytest.raises(PagesExhausted, match=f"no page of {PAGE_BYTES} bytes: raise latents_bytes"):
-        LatentCache(2, DIM, torch.float32, PAGE_BYTES - 1)
+        LatentCache(2, LAYOUT, PAGE_BYTES - 1)

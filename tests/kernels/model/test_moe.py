@@ -26,7 +26,7 @@ def test_a_token_chooses_the_same_experts_in_any_batch(dtype, threads_count):
         f"{prefix}shared_experts.up_proj.weight": torch.randn(16, 48).to(dtype),
         f"{prefix}shared_experts.down_proj.weight": torch.randn(48, 16).to(dtype),
     }
-    moe = MixtureOfExperts(config, weights, 0, routed=None)
+    moe = MixtureOfExperts(config, weights, 0)
     hidden = torch.randn(ROWS_COUNT, 48).to(dtype)
 
     def chosen(some: slice) -> torch.Tensor:

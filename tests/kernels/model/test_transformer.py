@@ -9,6 +9,7 @@ from experts.local import LocalExperts
 from kernels.model.attention import LatentAttention
 from kernels.model.checkpoint import Checkpoint
 from kernels.model.transformer import Lane, Transformer, run_lanes
+from tests.kernels.model.models import compressed
 
 
 class Travelling:
@@ -44,11 +45,12 @@ def lane_of(transformer: Transformer, prompts: Sequence[Sequence[int]]) -> Lane:
     rotation = transformer.rotation(torch.cat([torch.arange(length) for length in lengths]))
 
     def attend(_: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
-        queries, latents = attention.compress(normed, rotation)
+        queries, latents = compressed(attention, normed, rotation)
         pairs = zip(queries.split(lengths), latents.split(lengths), strict=True)
         return torch.cat([attention.expand(*pair) for pair in pairs])
 
-    return transformer.lane(transformer.embed([token for prompt in prompts for token in prompt]), attend)
+    token_ids = torch.tensor([token for prompt in prompts for token in prompt])
+    return transformer.lane(transformer.embed(token_ids), attend, transformer.routed)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)

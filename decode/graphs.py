@@ -1,0 +1,186 @@
+"""Lanes recorded once for each size of batch, and played again without Python between their kernels.
+
+A lane leaves the device only where its tokens travel to experts. So it is recorded as pieces: up to a
+dispatch, what is computed meanwhile, and from the answer to the next dispatch; as one where the experts are
+on the same device. A piece reads and writes the same memory each time: what changes from step to step is
+copied into its inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from decode.step_inputs import StepInputs
+from kernels.model.moe import PendingExperts, RoutedExperts
+from kernels.model.transformer import Lane
+
+Replay = Callable[[], None]
+MakeLane = Callable[[StepInputs, RoutedExperts], Lane]
+
+
+class Recorder(Protocol):
+    """Takes note of what a device is told to compute, instead of having it computed."""
+
+    def begin(self) -> None:
+        """Record from now on."""
+
+    def end(self) -> Replay:
+        """Stop; what computes all that was recorded, on the same memory."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs; those of one lane share memory: they play in the order of their recording."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recording: torch.cuda.graph | None = None
+
+    def begin(self) -> None:
+        """Record from now on what this thread gives the device."""
+        self._graph = torch.cuda.CUDAGraph()
+        self._recording = torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
+        self._recording.__enter__()
+
+    def end(self) -> Replay:
+        """Stop; one launch plays everything."""
+        self._recording.__exit__(None, None, None)
+        return self._graph.replay
+
+
+@dataclass(slots=True)
+class Travel:
+    """One layer's tokens on their way to experts and back, between two pieces."""
+
+    layer: int
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    expert_weights: torch.Tensor
+    mixed: torch.Tensor
+    """Where the answer goes, `[requests, hidden]` float32."""
+    meanwhile: Replay | None = None
+    after: Replay | None = None
+
+
+@dataclass(slots=True)
+class Tape:
+    """One recorded lane."""
+
+    inputs: StepInputs
+    before: Replay | None = None
+    travels: list[Travel] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
+
+    def play(self, inputs: StepInputs, routed: RoutedExperts) -> Lane:
+        """The lane of other requests, at most as many; what is beyond them is of the first one again."""
+        count = inputs.requests_count
+        self.inputs.fill(inputs)
+        self.before()
+        for travel in self.travels:
+            asked = (travel.hidden[:count], travel.expert_ids[:count], travel.expert_weights[:count])
+            pending = routed.dispatch(travel.layer, *asked)
+            travel.meanwhile()
+            yield
+            travel.mixed[:count].copy_(pending.combine())
+            travel.after()
+        return self.hidden[:count].clone()  # the next step writes there again
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """Experts that answer nothing: a first run loads every kernel, which cannot be done while recording."""
+
+    mixed: torch.Tensor | None = None
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
+    ) -> "Rehearsal":
+        """Go nowhere."""
+        return Rehearsal(torch.zeros_like(hidden, dtype=torch.float32))
+
+    def combine(self) -> torch.Tensor:
+        """Zeros, `[tokens, hidden]` float32."""
+        return self.mixed
+
+
+class RecordedExperts:
+    """The socket of a lane that is being recorded: each dispatch ends a piece and begins the next."""
+
+    def __init__(self, tape: Tape, recorder: Recorder):
+        self._tape = tape
+        self._recorder = recorder
+        self._first_answer: torch.Tensor | None = None
+
+    def begin(self) -> None:
+        """Record the piece up to the first dispatch."""
+        self._recorder.begin()
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
+    ) -> PendingExperts:
+        """End the piece before a dispatch; what comes until the answer is a piece too."""
+        self._end_piece()
+        mixed = torch.zeros_like(hidden, dtype=torch.float32)
+        self._tape.travels.append(Travel(layer, hidden, expert_ids, expert_weights, mixed))
+        self._recorder.begin()
+        return self
+
+    def combine(self) -> torch.Tensor:
+        """End what is computed meanwhile, and go on from where the answer will be."""
+        travel = self._tape.travels[-1]
+        travel.meanwhile = self._recorder.end()
+        self._recorder.begin()
+        return travel.mixed
+
+    def end(self, hidden: torch.Tensor) -> None:
+        """End the last piece, whose result is `hidden`."""
+        self._end_piece()
+        self._tape.hidden = hidden
+
+    def _end_piece(self) -> None:
+        replay = self._recorder.end()
+        if self._tape.travels:
+            self._tape.travels[-1].after = replay
+        else:
+            self._tape.before = replay
+
+
+class GraphedLanes:
+    """Tapes by size, each recorded when it is first needed; lanes side by side do not share tapes."""
+
+    def __init__(self, make_lane: MakeLane, routed: RoutedExperts, make_recorder: Callable[[], Recorder]):
+        self._make_lane = make_lane
+        self._routed = routed
+        self._make_recorder = make_recorder
+        self._recorders: dict[int, Recorder] = {}
+        self._tapes: dict[tuple[int, int, int], Tape] = {}
+
+    def lane(self, number: int, inputs: StepInputs) -> Lane:
+        """The lane of `inputs`, the `number`-th of those that alternate."""
+        size = inputs.bucket()
+        tape = self._tapes.get((number, *size))
+        if tape is None:
+            tape = self._tapes[number, *size] = self._record(number, inputs.padded(*size))
+        return tape.play(inputs, self._routed)
+
+    def _record(self, number: int, inputs: StepInputs) -> Tape:
+        if number not in self._recorders:
+            self._recorders[number] = self._make_recorder()
+        tape = Tape(inputs)
+        piecewise = RecordedExperts(tape, self._recorders[number])
+        is_whole = self._routed.is_recordable
+        run_through(self._make_lane(inputs, self._routed if is_whole else Rehearsal()))
+        piecewise.begin()
+        piecewise.end(run_through(self._make_lane(inputs, self._routed if is_whole else piecewise)))
+        return tape
+
+
+def run_through(lane: Lane) -> torch.Tensor:
+    """What a lane returns, without a pause."""
+    while True:
+        try:
+            next(lane)
+        except StopIteration as finished:
+            return finished.value

@@ -1,0 +1,45 @@
+"""Tensors of a device brought to the host beside what the device computes, and back."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """A tensor that is on the host, or on its way there."""
+
+    tensor: torch.Tensor
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> torch.Tensor:
+        """The tensor on the host, once it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor
+
+
+class HostCopies:
+    """Begins copies on a stream of its own; a tensor that is on the host is its own copy."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def begin(self, tensor: torch.Tensor) -> HostCopy:
+        """Copy what the calling thread has had computed so far, without waiting."""
+        if not tensor.is_cuda:
+            return HostCopy(tensor)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._stream):
+            copy = host_memory(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        tensor.record_stream(self._stream)
+        return HostCopy(copy, arrived)
+
+
+def host_memory(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the host that a device copies from and to by itself, where there is one."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
