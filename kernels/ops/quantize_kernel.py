@@ -18,7 +18,7 @@ def quantize_rows_kernel(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     grid = (rows_count, triton.cdiv(blocks_count, width))
     warps = max(width // 4, 1)
     stride = hidden.stride(0)
-    _quantize_blocks[grid](
+    quantize_blocks_of_row[grid](
         hidden, quantised, scales, stride, size, blocks_count, width, BLOCK, num_warps=warps
     )
     return quantised, scales
@@ -35,7 +35,8 @@ def quantised_rows_like(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 @triton.jit
 def quantize_tile(numbers):
     """Blocks `[blocks, 128]` of float32 in FP8 and their scales `[blocks]`, with torch's bits."""
-    largest = tl.reduce(tl.abs(numbers), 1, _larger)
+    # As integers, numbers without a sign have the same order, and NaN comes last, where it is not lost.
+    largest = tl.max(tl.abs(numbers).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
     # Not `/`: that is rounded less exactly on a GPU.
     scales = tl.div_rn(largest, tl.full(largest.shape, E4M3_MAX, tl.float32))
     scales = tl.where(scales > 0, scales, 1.0)
@@ -43,14 +44,10 @@ def quantize_tile(numbers):
 
 
 @triton.jit
-def _larger(left, right):
-    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _quantize_blocks(
+def quantize_blocks_of_row(
     hidden, quantised, scales, stride, size, blocks_count, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Some blocks of the row that the program's first number names, the second says which."""
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     columns = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
