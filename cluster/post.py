@@ -14,6 +14,7 @@ from decode.config import DecodeConfig
 from decode.node import DecodeNode
 from experts.client import RemoteExperts
 from experts.config import DispatchConfig
+from experts.staged import StagedExperts
 from kernels.model.transformer import Transformer
 from prefill.config import PrefillConfig
 from prefill.node import PrefillNode
@@ -49,7 +50,8 @@ class Post:
     def open(self, transformer: Transformer) -> None:
         """Begin to serve; the weights may be another post's too."""
         make = make_prefill if self.kind == "prefill" else make_decode
-        node = make(self.name, self._place, transformer.plugged_into(self.experts))
+        routed = self.experts if transformer.device.type == "cpu" else StagedExperts(self.experts)
+        node = make(self.name, self._place, transformer.plugged_into(routed))
         node.experts_epoch = lambda: self.experts.epoch
         node.dispatch_report = self.experts.report
         node.trace_dispatches = self.experts.trace

@@ -77,7 +77,7 @@ class Checkpoint:
         return loaded
 
     def load_fp8(self, names: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of the named weights as they are stored, FP8 and their float32 scales; raises CheckpointError."""
+        """Copies of the named weights as stored, FP8 and their scales as float32; raises CheckpointError."""
         loaded = {}
         with ExitStack() as stack:
             files = _OpenFiles(stack)

@@ -1,5 +1,7 @@
 """What chunks attend to at once is what they attend to one by one, whatever was cut where."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_windows_attend_as_expand_does_however_chunks_are_cut(transformer, packs
     expected = attention.expand(queries, cache.read(0, slots_of(pages, 0, end)))
     results = []
     for cuts in ([0, end], [0, 64, 128, end]):
-        chunks = [drawn_chunk(pages, *pair) for pair in zip(cuts, cuts[1:], strict=False)]
+        chunks = [drawn_chunk(pages, *pair) for pair in pairwise(cuts)]
         with kernels_forced():
             mixed = [
                 attention.expand_windows(
