@@ -13,7 +13,7 @@ TOLERANCE = 1e-5  # of outputs and weights near 1
 CHOICES = 6
 
 
-def poisoned(tokens_count: int, size: int, nobody: int, dtype: torch.dtype):
+def poisoned(tokens_count: int, size: int, nobody: int, dtype: torch.dtype, device: torch.device):
     """Outputs, weights and places, with NaN where nothing may be read, and the mixture in float64."""
     slots_count = tokens_count * CHOICES
     wide = torch.full((slots_count + 2, size + 24), float("nan"), dtype=dtype)
@@ -26,25 +26,25 @@ def poisoned(tokens_count: int, size: int, nobody: int, dtype: torch.dtype):
         outputs[places[slot]] = torch.randn(size).to(dtype)
         weight = weights.view(-1)[slot].double()
         expected[slot // CHOICES] += weight * outputs[places[slot]].double()
-    return outputs, weights, places, expected
+    return wide.to(device)[:, :size], weights.to(device), places.to(device), expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nobody", [0, 5])
 @pytest.mark.parametrize("shape", [(1, 7168), (5, 1030), (3, 7), (0, 64)], ids=str)
 def test_each_token_mixes_the_outputs_at_its_places(shape, nobody, dtype, device):
-    outputs, weights, places, expected = poisoned(*shape, nobody, dtype)
-    mixed = mix_kernel(outputs.to(device), weights.to(device), places.to(device)).cpu()
+    outputs, weights, places, expected = poisoned(*shape, nobody, dtype, device)
+    mixed = mix_kernel(outputs, weights, places).cpu()
     assert mixed.dtype == torch.float32 and mixed.shape == shape
     assert torch.allclose(mixed.double(), expected, atol=TOLERANCE, rtol=0)
-    by_torch = mix_placed_reference(outputs, weights, places)
+    by_torch = mix_placed_reference(outputs, weights, places).cpu()
     assert torch.allclose(by_torch.double(), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_an_output_that_is_no_number_spoils_its_own_token_alone(device):
-    outputs, weights, places, _ = poisoned(3, 40, 0, torch.float32)
+    outputs, weights, places, _ = poisoned(3, 40, 0, torch.float32, device)
     outputs[places[CHOICES].item()] = float("nan")
-    mixed = mix_kernel(outputs.to(device), weights.to(device), places.to(device))
+    mixed = mix_kernel(outputs, weights, places)
     assert mixed[1].isnan().all() and not mixed[0].isnan().any() and not mixed[2].isnan().any()
 
 
