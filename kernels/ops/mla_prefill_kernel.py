@@ -32,7 +32,7 @@ def mla_prefill_ragged_kernel(
     causal: bool,
     query_tokens_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `mla_prefill_ragged`, in one launch."""
+    """As `mla_prefill_ragged`, in one launch; V3's dimensions fit a GPU in bfloat16 alone."""
     tokens_count, heads_count, _ = queries.shape
     sizes = (keys.shape[2], positions.shape[1], values.shape[2])
     out = torch.empty((tokens_count, heads_count, sizes[2]), dtype=values.dtype, device=values.device)
