@@ -26,10 +26,9 @@ def assert_product(out: torch.Tensor, hidden, hidden_scales, weight, weight_scal
     """What a kernel gave is the product in float64, as near as the type and the chip allow."""
     left = dequantize_blocks(hidden, hidden_scales, (1, 128)).double()
     right = dequantize_blocks(weight, weight_scales).double().t()
-    error = (out.cpu().double() - left @ right).abs()
-    allowed = (left.abs() @ right.abs()) * TOLERANCE[out.device.type] + (left @ right).abs() * ROUNDING[
-        out.dtype
-    ]
+    product, terms = left @ right, left.abs() @ right.abs()
+    error = (out.cpu().double() - product).abs()
+    allowed = terms * TOLERANCE[out.device.type] + product.abs() * ROUNDING[out.dtype]
     assert (error <= allowed).all(), (error - allowed).max()
 
 
@@ -68,13 +67,9 @@ def test_no_rows_make_no_rows(device):
 def test_a_row_has_the_same_bits_alone_and_in_any_company(device):
     rows_count = 140
     parts = operands(rows_count, IN_PARTS, OUT_OF_PARTS)
-    if (
-        device.type == "cpu"
-    ):  # whose products add in an order that depends on the tile: no matter for whole numbers
-        (
-            parts[0].copy_(torch.randint(-4, 5, parts[0].shape)),
-            parts[2].copy_(torch.randint(-4, 5, parts[2].shape)),
-        )
+    if device.type == "cpu":  # here the tile tells in which order a product adds, unless in whole numbers
+        for numbers in (parts[0], parts[2]):
+            numbers.copy_(torch.randint(-4, 5, numbers.shape))
     hidden, scales, *weight = (part.to(device) for part in parts)
     assert parts_of(OUT_OF_PARTS, IN_PARTS) == 2
     whole = linear_fp8_kernel(hidden, scales, *weight, torch.float32)
