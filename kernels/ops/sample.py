@@ -18,6 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.ops.backend import runs_kernel
+from kernels.ops.draw_kernel import draw_kernel
+from kernels.ops.sample_kernel import best_kernel
+
 WEIGHT_ONE = 2**40  # the weight of the best token; a vocabulary of 2^22 tokens still sums below 2^63
 LOG2_E = math.log2(math.e)  # exp2 of x times this is exp of x, and faster
 MASK_64 = 2**64 - 1
@@ -56,6 +60,11 @@ class SampleRow:
         return self.temperature == 0 or self.top_k == 1
 
     @property
+    def is_ranked(self) -> bool:
+        """Whether top-k or top-p drops tokens by their rank."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
     def is_penalised(self) -> bool:
         """Whether a penalty changes this row's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
@@ -85,10 +94,13 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Samples:
     if logits.shape[0] != len(rows):
         raise ValueError(f"logits have {logits.shape[0]} rows, but {len(rows)} rows ask for a token")
     adjusted = _adjusted(logits, rows)
-    raw_best, raw_ids = logits.max(dim=-1)
-    best, token_ids = (raw_best, raw_ids) if adjusted is logits else adjusted.max(dim=-1)
+    raw_best, raw_ids = _best(logits)
+    best, token_ids = (raw_best, raw_ids) if adjusted is logits else _best(adjusted)
     drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
-    if drawn:
+    if drawn and runs_kernel(logits):
+        ranks = any(rows[index].is_ranked for index in drawn)
+        draw_kernel(adjusted, best, token_ids, _asked(rows, logits.device), ranks)
+    elif drawn:
         where = torch.tensor(drawn, device=logits.device)
         token_ids = token_ids.index_copy(0, where, _draw(adjusted[where], [rows[index] for index in drawn]))
     chosen = _checked(token_ids, raw_best, best)
@@ -135,6 +147,20 @@ def sample_each(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Samples, dic
         return sample(logits, rows), error.reasons
 
 
+def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest logit of each row, NaN if there is one, and the lowest token id that has it."""
+    return best_kernel(logits) if runs_kernel(logits) else logits.max(dim=-1)
+
+
+def _asked(rows: Sequence[SampleRow], device: torch.device) -> Tensor:
+    """What `draw_kernel` reads of each row, [rows, 5] fp64: one transfer, for which nobody waits."""
+    temperatures = [0.0 if row.is_greedy else row.temperature for row in rows]
+    filters = [(row.top_k, row.top_p, row.min_p, uniform(row.seed, row.position)) for row in rows]
+    asked = [(temperature, *rest) for temperature, rest in zip(temperatures, filters, strict=True)]
+    here = torch.tensor(asked, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
+
+
 def _adjusted(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The logits after penalties and bans: a copy, or the logits themselves if no row has any."""
     changed = [index for index, row in enumerate(rows) if row.is_penalised or row.banned_token_ids]
@@ -165,7 +191,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Token ids [rows] int64, each from its own row of logits [rows, vocab] alone."""
     device = logits.device
     weights = _weights(logits.double(), _column([row.temperature for row in rows], device))
-    if any(row.top_k or row.top_p < 1 for row in rows):
+    if any(row.is_ranked for row in rows):
         top_p = _column([row.top_p for row in rows], device)
         weights = _keep_best(weights, [row.top_k for row in rows], top_p)
     if any(row.min_p > 0 for row in rows):
