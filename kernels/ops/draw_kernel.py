@@ -2,7 +2,8 @@
 
 1. Each block of each row weighs its tokens: their sum, and how many weights have how many bits.
 2. A row without top-k and top-p: the block in which its running sum passes the target draws. Else each block
-   lists its tokens of so many bits that all that can be kept are among them, mostly a few hundreds.
+   lists its tokens of so many bits that all that can be kept are among them: few with top-k, but most with
+   top-p where all are alike.
 3. For each row with a list: the border by digits from the highest, eight pivots at a time; then the draw.
 
 A listed token is one number, `weight << id bits | last id - id`: no two are equal, and of equal weights the
