@@ -52,12 +52,14 @@ class NodeActor:
 
     def _load(self) -> None:
         checkpoint = Checkpoint(self._place.config.model.folder)
+        device = device_of(self._place.config)
         self._transformer = Transformer.from_checkpoint(
             checkpoint,
             compute_dtype(self._place),
             NoExperts(),
             self._progress,
-            device_of(self._place.config),
+            device,
+            keeps_fp8=device != "cpu",
         )
         for post in self.posts:
             post.open(self._transformer)

@@ -32,7 +32,7 @@ def _load_layer(checkpoint: Checkpoint, layer: int, experts: list[int], dtype: t
     names = {expert: expert_names(checkpoint.config, layer, expert) for expert in experts}
     weights = checkpoint.load([name for three in names.values() for name in three], dtype)
     return {
-        (layer, expert): GatedWeights.packed(weights[gate], weights[up], weights[down])
+        (layer, expert): GatedWeights.packed(weights[gate], weights[up], weights[down], dtype)
         for expert, (gate, up, down) in names.items()
     }
 

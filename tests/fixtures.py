@@ -132,11 +132,11 @@ class Stage:
 
     _numbers = itertools.count()
 
-    def __init__(self, transformer: Transformer, **limits: int):
+    def __init__(self, transformer: Transformer, packs_latents: bool = False, **limits: int):
         self.now_s = 1000.0
         self.name = f"stage-{next(self._numbers)}"
         model = transformer.config
-        page_bytes = model.layers_count * PAGE_TOKENS * model.latent_dim * transformer.dtype.itemsize
+        page_bytes = model.layers_count * PAGE_TOKENS * transformer.latent_layout(packs_latents).row_bytes
         names = [f"{self.name}-prefill", f"{self.name}-decode"]
         self.prefill = PrefillNode(
             PrefillConfig(
@@ -145,6 +145,7 @@ class Stage:
                 SECRET,
                 page_bytes * limits.get("prefill_pages", PREFILL_PAGES),
                 step_tokens_max=limits.get("step_tokens_max", 256),
+                packs_latents=packs_latents,
             ),
             transformer,
             clock=lambda: self.now_s,
@@ -157,12 +158,14 @@ class Stage:
                 page_bytes * limits.get("decode_pages", DECODE_PAGES),
                 requests_max=limits.get("requests_max", 64),
                 lease_s=10.0,
+                packs_latents=packs_latents,
             ),
             transformer,
             clock=lambda: self.now_s,
         )
         for node in (self.prefill, self.decode):
-            node.cache.latents.fill_(float("nan"))  # so that what was never written shows where it is read
+            # so that what was never written shows where it is read: in FP8 and bfloat16 too these bits are NaN
+            node.cache.latents.view(torch.uint8).fill_(0xFF)
         self.gateways: list[Gateway] = []
         self.gone: list[object] = []
         self.gateway = self.open_gateway()

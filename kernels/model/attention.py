@@ -13,10 +13,11 @@ from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, softmax_scale
 from kernels.ops.copy_latents import gather_latents
 from kernels.ops.latent_format import unpack_latents_reference
-from kernels.ops.linear import linear, linear_by_head, packed
+from kernels.ops.linear import linear_by_head
 from kernels.ops.merge_attention import merge_attention
 from kernels.ops.mla_decode import mla_decode
 from kernels.ops.mla_prefill import mla_prefill, mla_prefill_ragged
+from kernels.ops.projection import joined, plain, prepared, project
 from kernels.ops.rms_norm import rms_norm
 from kernels.ops.rotary import rotate
 from kernels.ops.write_latents import write_latents
@@ -62,31 +63,33 @@ class LatentAttention:
         self.scale = softmax_scale(config)
         prefix = f"model.layers.{layer}.self_attn."
         first_query = "q_proj" if config.q_lora_rank is None else "q_a_proj"
-        down = torch.cat([weights[f"{prefix}{name}.weight"] for name in (first_query, "kv_a_proj_with_mqa")])
-        self._down = packed(down)
-        self._down_bias = self._first_bias(weights, prefix, first_query, down.shape[0])
+        dtype = weights[f"{prefix}kv_a_layernorm.weight"].dtype
+        names = (first_query, "kv_a_proj_with_mqa")
+        self._down = prepared(joined([weights[f"{prefix}{name}.weight"] for name in names], dtype))
+        self._down_bias = self._first_bias(config, weights, prefix, first_query)
         if config.q_lora_rank is not None:
             self._query_norm = weights[f"{prefix}q_a_layernorm.weight"]
-            self._query_up = packed(weights[f"{prefix}q_b_proj.weight"])
+            self._query_up = prepared(weights[f"{prefix}q_b_proj.weight"])
         self._latent_norm = weights[f"{prefix}kv_a_layernorm.weight"]
-        latent_up = weights[f"{prefix}kv_b_proj.weight"].contiguous()
-        self._latent_up = packed(latent_up)
-        by_head = latent_up.view(config.heads_count, -1, config.kv_lora_rank)
+        latent_up = weights[f"{prefix}kv_b_proj.weight"]
+        self._latent_up = prepared(latent_up)
+        by_head = plain(latent_up, dtype).contiguous().view(config.heads_count, -1, config.kv_lora_rank)
         self._key_up = by_head[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()
         self._value_up = by_head[:, config.qk_nope_head_dim :].contiguous()
-        self._out = packed(weights[f"{prefix}o_proj.weight"])
+        self._out = prepared(weights[f"{prefix}o_proj.weight"])
         self._out_bias = weights.get(f"{prefix}o_proj.bias")
 
     @staticmethod
     def _first_bias(
-        weights: Weights, prefix: str, first_query: str, outputs_count: int
+        config: ModelConfig, weights: Weights, prefix: str, first_query: str
     ) -> torch.Tensor | None:
         latent_bias = weights.get(f"{prefix}kv_a_proj_with_mqa.bias")
         if latent_bias is None:
             return None
         query_bias = weights.get(f"{prefix}{first_query}.bias")
         if query_bias is None:
-            query_bias = latent_bias.new_zeros(outputs_count - latent_bias.shape[0])
+            rank = config.q_lora_rank
+            query_bias = latent_bias.new_zeros(rank or config.heads_count * config.qk_head_dim)
         return torch.cat([query_bias, latent_bias])
 
     def compress(self, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,10 +98,10 @@ class LatentAttention:
         The latents are as they were projected: `store` makes of them what is attended to.
         """
         config = self.config
-        down = linear(hidden, self._down, self._down_bias)
+        down = project(hidden, self._down, self._down_bias)
         query, latent = down[:, : -config.latent_dim], down[:, -config.latent_dim :]
         if config.q_lora_rank is not None:
-            query = linear(rms_norm(query, self._query_norm, config.latent_norm_eps), self._query_up)
+            query = project(rms_norm(query, self._query_norm, config.latent_norm_eps), self._query_up)
         queries = query.unflatten(1, (config.heads_count, config.qk_head_dim))
         rotate(
             queries[..., config.qk_nope_head_dim :],
@@ -125,7 +128,7 @@ class LatentAttention:
         if context.dtype == torch.uint8:
             context = unpack_latents_reference(context, config.kv_lora_rank, queries.dtype)
         value, key = context.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        unfolded = linear(value, self._latent_up).view(context.shape[0], config.heads_count, -1)
+        unfolded = project(value, self._latent_up).view(context.shape[0], config.heads_count, -1)
         content, values = unfolded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         position = key.unsqueeze(1).expand(-1, config.heads_count, -1)
         keys = torch.cat([content, position], dim=-1)
@@ -156,7 +159,7 @@ class LatentAttention:
         rows = torch.empty(len(slots), config.latent_dim, dtype=dtype, device=latents.device)
         gather_latents(latents, slots, rows, config.kv_lora_rank)
         value, position = rows.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        unfolded = linear(value, self._latent_up).unflatten(1, (config.heads_count, -1))
+        unfolded = project(value, self._latent_up).unflatten(1, (config.heads_count, -1))
         keys, values = unfolded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         return keys, position, values
 
@@ -172,4 +175,4 @@ class LatentAttention:
 
     def project(self, attended: torch.Tensor) -> torch.Tensor:
         """All heads' outputs `[tokens, heads * v]` back to `[tokens, hidden]`."""
-        return linear(attended, self._out, self._out_bias)
+        return project(attended, self._out, self._out_bias)

@@ -17,6 +17,8 @@ from kernels.model.tensor_names import (
     expected_shapes,
     expert_names,
 )
+from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Weight
+from kernels.ops.projection import Weight
 from kernels.ops.quantize import dequantize_blocks, scale_shape
 
 __all__ = [
@@ -59,9 +61,11 @@ class Checkpoint:
         names: Sequence[str],
         dtype: torch.dtype,
         on_progress: ProgressCallback | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Copies of the named weights in `dtype`, FP8 ones dequantised; the gate's bias stays float32.
+        keeps_fp8: bool = False,
+    ) -> dict[str, Weight]:
+        """Copies of the named weights in `dtype`; the gate's bias stays float32.
 
+        Those in FP8 are dequantised, but stay as they are if `keeps_fp8` and their blocks are 128 x 128.
         `on_progress(bytes_done, bytes_total)` counts bytes on disk, scales included, after each tensor.
         """
         if unknown := [name for name in names if name not in self._shapes]:
@@ -69,24 +73,12 @@ class Checkpoint:
         bytes_total = sum(self._bytes_count(name) for name in set(names))
         bytes_done = 0
         loaded = dict.fromkeys(names)
-        for name, tensor in self._read(self._in_disk_order(loaded), dtype):
+        keeps_fp8 = keeps_fp8 and self.config.weight_format.block == WEIGHT_BLOCK
+        for name, tensor in self._read(self._in_disk_order(loaded), dtype, keeps_fp8):
             loaded[name] = tensor
             bytes_done += self._bytes_count(name)
             if on_progress is not None:
                 on_progress(bytes_done, bytes_total)
-        return loaded
-
-    def load_fp8(self, names: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of the named weights as stored, FP8 and their scales as float32; raises CheckpointError."""
-        loaded = {}
-        with ExitStack() as stack:
-            files = _OpenFiles(stack)
-            for name in names:
-                weight = files.read(name, self._stored[name])
-                if weight.dtype != torch.float8_e4m3fn:
-                    raise CheckpointError(f"{name}: is {weight.dtype}, while config.json promises FP8")
-                scales = files.read(name + SCALE_SUFFIX, self._stored[name + SCALE_SUFFIX])
-                loaded[name] = weight.clone(), scales.to(torch.float32, copy=True)
         return loaded
 
     def _in_disk_order(self, names: dict) -> list[str]:
@@ -96,7 +88,9 @@ class Checkpoint:
         scale = self._stored.get(name + SCALE_SUFFIX)
         return self._stored[name].bytes_count + (scale.bytes_count if scale else 0)
 
-    def _read(self, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(
+        self, names: Sequence[str], dtype: torch.dtype, keeps_fp8: bool
+    ) -> Iterator[tuple[str, Weight]]:
         with ExitStack() as stack:
             files = _OpenFiles(stack)
             for name in names:
@@ -106,6 +100,9 @@ class Checkpoint:
                     yield name, tensor.to(kept, copy=True)
                     continue
                 scale = files.read(name + SCALE_SUFFIX, self._stored[name + SCALE_SUFFIX])
+                if keeps_fp8:
+                    yield name, Fp8Weight(tensor.clone(), scale.to(torch.float32, copy=True))
+                    continue
                 yield name, dequantize_blocks(tensor, scale, self.config.weight_format.block, kept)
 
     def _check_expected(self) -> None:

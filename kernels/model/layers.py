@@ -7,8 +7,9 @@ import torch
 
 from kernels.model.config import ModelConfig, RopeConfig, YarnConfig
 from kernels.ops.expert_mlp import GatedWeights
+from kernels.ops.projection import Weight
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Weight]
 
 
 def rope_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
@@ -62,7 +63,7 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def gated_weights(weights: Weights, prefix: str) -> GatedWeights:
+def gated_weights(weights: Weights, prefix: str, dtype: torch.dtype) -> GatedWeights:
     """The gated MLP whose projections are named `prefix` + gate_proj, up_proj and down_proj."""
     gate, up = weights[f"{prefix}gate_proj.weight"], weights[f"{prefix}up_proj.weight"]
-    return GatedWeights.packed(gate, up, weights[f"{prefix}down_proj.weight"])
+    return GatedWeights.packed(gate, up, weights[f"{prefix}down_proj.weight"], dtype)

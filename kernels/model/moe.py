@@ -49,10 +49,11 @@ class MixtureOfExperts:
         self.config = config
         self.layer = layer
         prefix = f"model.layers.{layer}.mlp."
-        self._gate = packed(weights[f"{prefix}gate.weight"].float())
+        gate = weights[f"{prefix}gate.weight"]
+        self._gate = packed(gate.float())
         self._gate_bias = weights.get(f"{prefix}gate.e_score_correction_bias")
         shared = config.shared_experts_count > 0
-        self._shared = gated_weights(weights, f"{prefix}shared_experts.") if shared else None
+        self._shared = gated_weights(weights, f"{prefix}shared_experts.", gate.dtype) if shared else None
 
     def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert weights float32 and ids int64, `[tokens, choices]`, of `hidden [tokens, hidden]`."""

@@ -13,7 +13,8 @@ from kernels.model.layers import Weights, gated_weights, rope_frequencies, rope_
 from kernels.model.moe import MixtureOfExperts, RoutedExperts
 from kernels.ops.expert_mlp import gated_mlp
 from kernels.ops.linear import linear, packed
-from kernels.ops.rms_norm import rms_norm
+from kernels.ops.projection import Weight, moved
+from kernels.ops.rms_norm import add_rms_norm, rms_norm
 from kernels.ops.rotary import rotation
 
 Attend = Callable[[int, LatentAttention, torch.Tensor], torch.Tensor]
@@ -33,7 +34,7 @@ class Layer:
         self.before_mlp = weights[f"{prefix}post_attention_layernorm.weight"]
         moe = config.is_moe_layer(layer)
         self.moe = MixtureOfExperts(config, weights, layer) if moe else None
-        self.dense = None if moe else gated_weights(weights, f"{prefix}mlp.")
+        self.dense = None if moe else gated_weights(weights, f"{prefix}mlp.", self.before_mlp.dtype)
 
 
 class Transformer:
@@ -42,7 +43,7 @@ class Transformer:
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, Weight],
         routed: RoutedExperts,
         device: torch.device | str = "cpu",
     ):
@@ -52,7 +53,7 @@ class Transformer:
         self.layers: list[Layer] = []
         for layer in range(config.layers_count):
             names = [name for name in weights if name.startswith(f"model.layers.{layer}.")]
-            own = {name: weights.pop(name).to(device) for name in names}
+            own = {name: moved(weights.pop(name), device) for name in names}
             self.layers.append(Layer(config, own, layer))
         self._embedding = weights["model.embed_tokens.weight"].to(device)
         self._norm = weights["model.norm.weight"].to(device)
@@ -68,10 +69,14 @@ class Transformer:
         routed: RoutedExperts,
         on_progress: ProgressCallback | None = None,
         device: torch.device | str = "cpu",
+        keeps_fp8: bool = False,
     ) -> "Transformer":
-        """Load everything but the routed experts, computed in `dtype`; raises CheckpointError."""
+        """Load everything but the routed experts, computed in `dtype`; raises CheckpointError.
+
+        Weights in FP8 become `dtype` too unless `keeps_fp8`.
+        """
         names = attention_half_names(checkpoint.config)
-        return cls(checkpoint.config, checkpoint.load(names, dtype, on_progress), routed, device)
+        return cls(checkpoint.config, checkpoint.load(names, dtype, on_progress, keeps_fp8), routed, device)
 
     def plugged_into(self, routed: RoutedExperts) -> "Transformer":
         """The same weights with other routed experts: a further node in this process costs no memory."""
@@ -103,21 +108,22 @@ class Transformer:
         return Rotation(*rotation(positions, self._frequencies, self._rope_scale))
 
     def lane(self, hidden: torch.Tensor, attend: Attend, routed: RoutedExperts) -> Lane:
-        """Carry `hidden [tokens, hidden]` through all layers, pausing while the routed experts have it."""
+        """Carry `hidden [tokens, hidden]` through all layers, in place, pausing while experts have it."""
         eps = self.config.rms_norm_eps
+        added = torch.zeros_like(hidden)
         for index, layer in enumerate(self.layers):
-            normed = rms_norm(hidden, layer.before_attention, eps)
-            hidden = hidden + layer.attention.project(attend(index, layer.attention, normed))
-            normed = rms_norm(hidden, layer.before_mlp, eps)
+            normed = add_rms_norm(added, hidden, layer.before_attention, eps)
+            added = layer.attention.project(attend(index, layer.attention, normed))
+            normed = add_rms_norm(added, hidden, layer.before_mlp, eps)
             if layer.moe is None:
-                hidden = hidden + gated_mlp(normed, layer.dense)
+                added = gated_mlp(normed, layer.dense)
                 continue
             pending = layer.moe.dispatch(normed, routed)
             shared = layer.moe.shared(normed)
             yield
             mixed = pending.combine()
-            hidden = hidden + (mixed if shared is None else mixed + shared).to(hidden.dtype)
-        return hidden
+            added = (mixed if shared is None else mixed + shared).to(hidden.dtype)
+        return hidden.add_(added)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the next token, `[rows, vocab]` float32, of the last layer's `hidden [rows, hidden]`."""

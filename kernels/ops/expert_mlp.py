@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
-from kernels.ops.linear import linear, packed, rows_missing
+from kernels.ops.linear import rows_missing
+from kernels.ops.projection import Weight, is_fp8, joined, prepared, project
 
 SMALL_NUMBERS_MAX = 1 << 16  # a quarter of a MiB, which stays in a core's own cache
 SERIAL_NUMBERS_MAX = (1 << 15) - 1  # torch shares out what is larger among threads
@@ -19,20 +20,25 @@ SERIAL_NUMBERS_MAX = (1 << 15) - 1  # torch shares out what is larger among thre
 class GatedWeights:
     """One gated MLP: `gate_up [2 * intermediate, hidden]`, gate first, and `down [hidden, intermediate]`."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
 
     @classmethod
-    def packed(cls, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> "GatedWeights":
-        """From the three projections of a checkpoint, `[out, in]` each, as they multiply fastest."""
-        return cls.of(torch.cat([gate, up]), down)
+    def packed(cls, gate: Weight, up: Weight, down: Weight, dtype: torch.dtype) -> "GatedWeights":
+        """From the three projections of a checkpoint, `[out, in]` each, as they multiply fastest.
+
+        What cannot stay FP8 becomes `dtype`.
+        """
+        return cls.of(joined([gate, up], dtype), down)
 
     @classmethod
-    def of(cls, gate_up: torch.Tensor, down: torch.Tensor) -> "GatedWeights":
-        """From plain weights, as they multiply fastest."""
+    def of(cls, gate_up: Weight, down: Weight) -> "GatedWeights":
+        """From both weights row after row in memory, as they multiply fastest."""
+        if is_fp8(gate_up) or is_fp8(down):
+            return cls(prepared(gate_up), prepared(down))
         if 3 * down.numel() <= SMALL_NUMBERS_MAX and runs_compiled(down):
             return cls(column_by_column(gate_up), column_by_column(down))
-        return cls(packed(gate_up), packed(down))
+        return cls(prepared(gate_up), prepared(down))
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both weights as `of` takes them, row after row in memory, with the bits of the checkpoint."""
@@ -42,7 +48,7 @@ class GatedWeights:
     @property
     def are_small(self) -> bool:
         """Whether they are kept for compiled loops: calls of torch would cost more than the products."""
-        return not self.down.is_mkldnn and self.down.stride(0) == 1
+        return not is_fp8(self.down) and not self.down.is_mkldnn and self.down.stride(0) == 1
 
 
 def column_by_column(weight: torch.Tensor) -> torch.Tensor:
@@ -54,8 +60,8 @@ def gated_mlp(hidden: torch.Tensor, weights: GatedWeights) -> torch.Tensor:
     """`hidden [rows, hidden]` through one gated MLP."""
     if weights.are_small and not runs_kernel(hidden):
         return _gated_slots(hidden, torch.arange(len(hidden)), [weights], [len(hidden)])
-    gate, up = linear(hidden, weights.gate_up).chunk(2, dim=-1)
-    return linear(silu_by_row(gate) * up, weights.down)
+    gate, up = project(hidden, weights.gate_up).chunk(2, dim=-1)
+    return project(silu_by_row(gate) * up, weights.down)
 
 
 def silu_by_row(gate: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,6 @@ def test_gate_stands_before_up():
         f"mlp.{name}_proj.weight": torch.full((2, 3), value) for name, value in (("gate", 1.0), ("up", 2.0))
     }
     weights["mlp.down_proj.weight"] = torch.zeros(3, 2)
-    gated = gated_weights(weights, "mlp.")
+    gated = gated_weights(weights, "mlp.", torch.float32)
     assert torch.equal(gated.gate_up, torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
     assert gated.down.shape == (3, 2)

@@ -28,7 +28,7 @@ def kept_packed(gate_up: torch.Tensor, down: torch.Tensor) -> GatedWeights:
 
 def kept_as_is_best(gate_up: torch.Tensor, down: torch.Tensor) -> GatedWeights:
     """As weights of a checkpoint are kept: small ones of float32 for compiled loops."""
-    return GatedWeights.packed(*gate_up.chunk(2), down)
+    return GatedWeights.packed(*gate_up.chunk(2), down, down.dtype)
 
 
 KEPT = (kept_plain, kept_packed, kept_as_is_best)
