@@ -1,0 +1,160 @@
+"""`experts_contiguous` and `experts_masked` on a GPU: two grouped products, gate and up together, then down.
+
+Sizes of tiles follow from shapes alone, so that nothing waits for the GPU. Batch invariance: a row's sums run
+in the same steps and order in tiles of every size, and no number of another row enters them. Company of the
+same size therefore never changes a row's bits. Company of another size may bring tiles of another size, and
+then this holds as far as tensor cores add alike on either side and in any width of an instruction.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.ops.backend import tl, triton
+from kernels.ops.grouped_gemm_kernel import down_tile, gate_up_tile
+from kernels.ops.quantize_kernel import (
+    BLOCK,
+    BLOCKS_PER_PROGRAM_MAX,
+    quantised_rows_like,
+    quantize_blocks_of_row,
+    quantize_rows_kernel,
+)
+
+STEPS = {torch.float32: 64, torch.bfloat16: 64, torch.float8_e4m3fn: 128}  # by the weights' dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one launch is cut: `columns` of the output, which are rows of the weights, for some tokens."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+    weights_left: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the two launches are cut, up to so many slots an expert."""
+
+    slots_max: float
+    gate_up: Tile
+    down: Tile
+
+
+# Few slots: reading weights is all there is, two or three programs share a processor. Many: products are.
+# A program of FP8 quantises whole groups of 128 columns, and 64 tokens are what its registers bear.
+FEW, SOME = 16, 48
+TILES = {
+    torch.float32: (Tiles(float("inf"), Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),),
+    torch.bfloat16: (
+        Tiles(FEW, Tile(32, 64, 4, 3, weights_left=True), Tile(32, 128, 4, 4, weights_left=True)),
+        Tiles(SOME, Tile(64, 128, 8, 4), Tile(64, 128, 4, 4)),
+        Tiles(float("inf"), Tile(128, 128, 8, 4), Tile(128, 256, 8, 4)),
+    ),
+    torch.float8_e4m3fn: (
+        Tiles(FEW, Tile(32, 128, 4, 3, weights_left=True), Tile(32, 128, 4, 4, weights_left=True)),
+        Tiles(SOME, Tile(64, 128, 8, 4), Tile(64, 128, 8, 4)),
+        Tiles(float("inf"), Tile(64, 128, 8, 4), Tile(128, 128, 8, 4)),
+    ),
+}
+
+
+def experts_contiguous_kernel(hidden, rows, offsets, bank) -> torch.Tensor:
+    """As `experts_contiguous`, in two launches, or three with FP8."""
+    out, scales = hidden.new_empty(len(rows), hidden.shape[1]), None
+    if bank.gate_up_scales is not None:
+        hidden, scales = quantize_rows_kernel(hidden)
+    tiles = tiles_for(bank.down.dtype, len(rows) / len(bank.down))
+    return _multiply(hidden, scales, rows, offsets, 0, bank, out, tiles)
+
+
+def experts_masked_kernel(hidden, counts, bank) -> torch.Tensor:
+    """As `experts_masked`, in two launches, or three with FP8."""
+    out = torch.empty_like(hidden)
+    capacity, size = hidden.shape[1:]
+    hidden, scales = hidden.view(-1, size), None
+    if bank.gate_up_scales is not None:
+        hidden, scales = _quantize_counted(hidden, counts, capacity)
+    # Buffers are far from full as a rule, and then reading weights is all there is.
+    tiles = tiles_for(bank.down.dtype, min(capacity, SOME))
+    _multiply(hidden, scales, None, counts, capacity, bank, out.view(-1, size), tiles)
+    return out
+
+
+def tiles_for(dtype: torch.dtype, slots_each: float) -> Tiles:
+    """How products are cut with weights of `dtype`, for so many slots an expert in the mean."""
+    return next(tiles for tiles in TILES[dtype] if slots_each <= tiles.slots_max)
+
+
+def tiles_count_max(slots_count: int, experts_count: int, capacity: int, tokens: int) -> int:
+    """Most tiles of so many tokens that slots can make, however they are spread over experts."""
+    if capacity:
+        return experts_count * triton.cdiv(capacity, tokens)
+    return (slots_count + min(slots_count, experts_count) * (tokens - 1)) // tokens
+
+
+def _multiply(hidden, hidden_scales, rows, bounds, capacity, bank, out, tiles: Tiles) -> torch.Tensor:
+    """Launch both products; capacity is 0 where bounds are offsets of slots, not counts in fixed buffers."""
+    slots_count, (experts_count, size, intermediate) = len(out), bank.down.shape
+    inner_dtype = out.dtype if hidden_scales is None else torch.float8_e4m3fn
+    inner = torch.empty(slots_count, intermediate, dtype=inner_dtype, device=out.device)
+    inner_scales = None
+    if hidden_scales is not None:
+        blocks_count = triton.cdiv(intermediate, BLOCK)
+        inner_scales = torch.empty(slots_count, blocks_count, dtype=torch.float32, device=out.device)
+
+    def launch(kernel, tile: Tile, columns_count: int, *tensors) -> None:
+        tiles_count = tiles_count_max(slots_count, experts_count, capacity, tile.tokens)
+        kernel[(tiles_count * triton.cdiv(columns_count, tile.columns),)](
+            *tensors,
+            EXPERTS=experts_count,
+            EXPERTS_WIDTH=triton.next_power_of_2(experts_count),
+            CAPACITY=capacity,
+            HIDDEN=size,
+            INTERMEDIATE=intermediate,
+            TOKENS=tile.tokens,
+            COLUMNS=tile.columns,
+            STEP=STEPS[bank.down.dtype],
+            WEIGHTS_LEFT=tile.weights_left,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    wide = (hidden, hidden_scales, rows, bounds, bank.gate_up, bank.gate_up_scales, inner, inner_scales)
+    launch(gate_up_tile, tiles.gate_up, intermediate, *wide, hidden.stride(0))
+    launch(down_tile, tiles.down, size, inner, inner_scales, bounds, bank.down, bank.down_scales, out)
+    return out
+
+
+def _quantize_counted(
+    hidden: torch.Tensor, counts: torch.Tensor, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_rows`, of the first `counts [experts]` rows of each `capacity` rows alone."""
+    quantised, scales = quantised_rows_like(hidden)
+    (rows_count, size), blocks_count = hidden.shape, scales.shape[1]
+    width = min(triton.next_power_of_2(blocks_count), BLOCKS_PER_PROGRAM_MAX)
+    grid = (rows_count, triton.cdiv(blocks_count, width))
+    warps = max(width // 4, 1)
+    _quantize_counted_rows[grid](
+        counts, hidden, quantised, scales, size, blocks_count, capacity, width, BLOCK, num_warps=warps
+    )
+    return quantised, scales
+
+
+@triton.jit
+def _quantize_counted_rows(
+    counts,
+    hidden,
+    quantised,
+    scales,
+    size,
+    blocks_count,
+    capacity,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if row % capacity < tl.load(counts + row // capacity):
+        quantize_blocks_of_row(hidden, quantised, scales, size, size, blocks_count, WIDTH, BLOCK)

@@ -1,0 +1,284 @@
+"""A bank of experts by formula in float64 and by the kernels: ragged, empty, in any company, the rest NaN."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kernels.ops.backend import kernels_forced
+from kernels.ops.expert_bank import (
+    ExpertBank,
+    experts_contiguous,
+    experts_contiguous_reference,
+    experts_masked,
+    experts_masked_reference,
+)
+from kernels.ops.expert_bank_kernel import (
+    FEW,
+    SOME,
+    TILES,
+    experts_contiguous_kernel,
+    experts_masked_kernel,
+    tiles_count_max,
+    tiles_for,
+)
+from kernels.ops.grouped_gemm_kernel import TILES_TOGETHER
+
+HIDDEN, INTERMEDIATE = 136, 72  # no multiples of any block
+NAN = float("nan")
+KINDS = ("float32", "bfloat16", "fp8")
+KERNEL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "fp8": 2**-7}  # of the greatest number of an output
+FP8_TOLERANCE = 0.1  # what is lost by rounding all that is multiplied to four significant bits
+
+
+def drawn_bank(
+    kind: str, experts_count: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+) -> ExpertBank:
+    """Experts whose outputs are about as large as what goes in."""
+    gate_up = torch.randn(experts_count, 2 * intermediate, hidden) * 2 / hidden**0.5
+    down = torch.randn(experts_count, hidden, intermediate) * 2 / intermediate**0.5
+    if kind == "float32":
+        return ExpertBank(gate_up, down)
+    bank = ExpertBank(gate_up.bfloat16(), down.bfloat16())
+    return bank.quantised() if kind == "fp8" else bank
+
+
+def drawn_hidden(kind: str, *shape: int) -> torch.Tensor:
+    """Tokens as such a bank takes them."""
+    return torch.randn(*shape, HIDDEN).to(torch.float32 if kind == "float32" else torch.bfloat16)
+
+
+def moved(bank: ExpertBank, device: torch.device) -> ExpertBank:
+    """The same bank elsewhere."""
+    parts = (bank.gate_up, bank.down, bank.gate_up_scales, bank.down_scales)
+    return ExpertBank(*(None if part is None else part.to(device) for part in parts))
+
+
+def without_experts(bank: ExpertBank, lost: list[int]) -> ExpertBank:
+    """The same bank, where some experts are NaN."""
+    changed = replace(bank, gate_up=bank.gate_up.clone(), down=bank.down.clone())
+    for expert in lost:
+        for weight in (changed.gate_up, changed.down):
+            weight[expert] = torch.full(weight.shape[1:], NAN).to(weight.dtype)
+    return changed
+
+
+def offsets_of(counts: list[int]) -> torch.Tensor:
+    """Where each expert's slots begin, and the end."""
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def by_formula(hidden: torch.Tensor, bank: ExpertBank, expert: int) -> torch.Tensor:
+    """`down(silu(gate(x)) * up(x))` in float64, nothing rounded on the way."""
+    gate, up, down = bank.expert(expert, torch.float64)
+    wide = hidden.double()
+    return (functional.silu(wide @ gate.T) * (wide @ up.T)) @ down.T
+
+
+def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Nothing is off by more than a part of the greatest number."""
+    assert result.shape == expected.shape
+    if expected.numel():
+        assert (result.cpu().double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_is_the_formula(kind):
+    bank, counts = drawn_bank(kind, 4), [3, 0, 1, 5]
+    hidden, rows = drawn_hidden(kind, 6), torch.randint(6, (9,), dtype=torch.int32)
+    result = experts_contiguous(hidden, rows, offsets_of(counts), bank)
+    tolerance = FP8_TOLERANCE if kind == "fp8" else KERNEL_TOLERANCE[kind]
+    assert result.dtype == hidden.dtype
+    for expert, (begin, end) in enumerate(pairwise(offsets_of(counts).tolist())):
+        expected = by_formula(hidden[rows[begin:end]], bank, expert)
+        assert_close(result[begin:end], expected, tolerance)
+        buffers = torch.full((4, 5, HIDDEN), NAN).to(hidden.dtype)
+        buffers[expert, : end - begin] = hidden[rows[begin:end]]
+        masked = experts_masked(buffers, torch.tensor(counts, dtype=torch.int32), bank)
+        assert torch.equal(masked[expert, : end - begin], result[begin:end])
+
+
+CONTIGUOUS = {
+    "ragged": ("float32", [0, 1, 17, 0, 3]),
+    "one expert": ("float32", [5]),
+    "no slots": ("float32", [0, 0]),
+    "several tiles in bfloat16": ("bfloat16", [0, 33, 1]),
+    "64 tokens in bfloat16": ("bfloat16", [40, 1]),
+    "128 tokens in bfloat16": ("bfloat16", [60]),
+    "fp8": ("fp8", [2, 0, 1]),
+    "64 tokens in fp8": ("fp8", [20]),
+    "128 tokens in fp8": ("fp8", [65]),
+}
+
+
+@pytest.mark.parametrize(("kind", "counts"), CONTIGUOUS.values(), ids=CONTIGUOUS)
+def test_sorted_slots_are_those_of_the_reference_and_nothing_else_is_read(kind, counts, device):
+    bank = drawn_bank(kind, len(counts))
+    wide = torch.full((8, HIDDEN + 32), NAN).to(drawn_hidden(kind, 1).dtype)
+    hidden = wide[:, :HIDDEN]
+    hidden[:7] = drawn_hidden(kind, 7)  # the last token is nobody's
+    slots_count, padding_count = sum(counts), 3
+    rows = torch.cat([torch.randint(7, (slots_count,)), torch.full((padding_count,), 2**30)]).to(torch.int32)
+    idle = without_experts(bank, [expert for expert, count in enumerate(counts) if not count])
+    result = experts_contiguous_kernel(
+        wide.to(device)[:, :HIDDEN], rows.to(device), offsets_of(counts).to(device), moved(idle, device)
+    )
+    assert result.dtype == hidden.dtype and len(result) == slots_count + padding_count
+    expected = experts_contiguous_reference(hidden.double(), rows, offsets_of(counts), bank)
+    assert_close(result[:slots_count], expected[:slots_count], KERNEL_TOLERANCE[kind])
+
+
+def test_an_expert_may_have_more_tiles_than_go_together(device):
+    tiles = tiles_for(torch.float32, 0)
+    counts = [1, TILES_TOGETHER.value * tiles.gate_up.tokens + 5, 1]
+    bank, hidden = drawn_bank("float32", 3, 72, 72), torch.randn(9, 72)
+    rows, offsets = torch.randint(9, (sum(counts),), dtype=torch.int32), offsets_of(counts)
+    result = experts_contiguous_kernel(
+        *(part.to(device) for part in (hidden, rows, offsets)), moved(bank, device)
+    )
+    expected = experts_contiguous_reference(hidden.double(), rows, offsets, bank)
+    assert_close(result, expected, KERNEL_TOLERANCE["float32"])
+
+
+def test_a_batch_without_slots_is_empty(device):
+    bank, none = moved(drawn_bank("float32", 3), device), torch.zeros(0, dtype=torch.int32, device=device)
+    offsets = torch.zeros(4, dtype=torch.int32, device=device)
+    assert experts_contiguous_kernel(torch.zeros(0, HIDDEN, device=device), none, offsets, bank).shape == (
+        0,
+        HIDDEN,
+    )
+
+
+MASKED = {
+    "float32": ("float32", 20, [0, 1, 18, 20]),
+    "bfloat16": ("bfloat16", 20, [3, 0, 20]),
+    "bfloat16, 64 tokens": ("bfloat16", 66, [66, 1]),
+    "fp8": ("fp8", 5, [0, 4, 1]),
+}
+
+
+@pytest.mark.parametrize(("kind", "capacity", "counts"), MASKED.values(), ids=MASKED)
+def test_buffers_are_those_of_the_reference_and_nothing_else_is_read(kind, capacity, counts, device):
+    bank = drawn_bank(kind, len(counts))
+    hidden = drawn_hidden(kind, len(counts), capacity)
+    for expert, count in enumerate(counts):
+        hidden[expert, count:] = NAN
+    idle = without_experts(bank, [expert for expert, count in enumerate(counts) if not count])
+    device_counts = torch.tensor(counts, dtype=torch.int32, device=device)
+    result = experts_masked_kernel(hidden.to(device), device_counts, moved(idle, device))
+    expected = experts_masked_reference(hidden.double(), device_counts.cpu(), bank)
+    for expert, count in enumerate(counts):
+        assert_close(result[expert, :count], expected[expert, :count], KERNEL_TOLERANCE[kind])
+
+
+def test_rows_that_are_not_there_are_not_written(device, monkeypatch):
+    bank, hidden = drawn_bank("float32", 2), drawn_hidden("float32", 2, 4)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, 7.0))
+    counts = torch.tensor([1, 3], dtype=torch.int32, device=device)
+    result = experts_masked_kernel(hidden.to(device), counts, moved(bank, device))
+    assert (result[0, 1:] == 7).all() and (result[1, 3:] == 7).all()
+
+
+def exact_bank() -> tuple[ExpertBank, torch.Tensor]:
+    """An expert and 60 tokens, all sums of which are exact in float32, so that no order of adding shows.
+
+    Tokens begin with 8, which gates multiply by 8: from there on sigmoid is 1.
+    """
+    hidden, gate_up = torch.randint(-2, 3, (60, HIDDEN)), torch.randint(-1, 2, (1, 2 * INTERMEDIATE, HIDDEN))
+    hidden[:, 0] = 8
+    gate_up[:, :INTERMEDIATE, 0] = 8
+    down = torch.randint(-1, 2, (1, HIDDEN, INTERMEDIATE))
+    return ExpertBank(gate_up.bfloat16(), down.bfloat16()), hidden.bfloat16()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_keeps_its_bits_in_any_company_and_in_tiles_of_any_size(kind, device):
+    bank, hidden = drawn_bank(kind, 1), drawn_hidden(kind, 60)
+    if device.type == "cpu":  # where products are those of a library, which adds in orders of its own
+        bank, hidden = exact_bank()
+        if kind == "float32":
+            bank, hidden = ExpertBank(bank.gate_up.float(), bank.down.float()), hidden.float()
+        elif kind == "fp8":
+            bank = bank.quantised()
+    bank, hidden = moved(bank, device), hidden.to(device)
+
+    def outputs(rows: list[int]) -> torch.Tensor:
+        slots = torch.tensor(rows, dtype=torch.int32, device=device)
+        return experts_contiguous_kernel(hidden, slots, offsets_of([len(rows)]).to(device), bank)
+
+    alone, few = outputs([5]), outputs([3, 5, 9])
+    some, many = outputs([*range(20)]), outputs([*range(SOME + 1)])
+    assert torch.equal(few[1], alone[0])
+    assert torch.equal(some[[3, 5, 9]], few)
+    assert torch.equal(many[:20], some)
+    counts = torch.ones(1, dtype=torch.int32, device=device)
+    assert torch.equal(experts_masked_kernel(hidden[None, 5:7].contiguous(), counts, bank)[0, :1], alone)
+
+
+def test_the_public_functions_call_the_kernels_where_those_run(device):
+    if device.type == "cuda":
+        pytest.skip("there they always do")
+    bank, hidden = drawn_bank("float32", 1), drawn_hidden("float32", 1, 2)
+    rows, counts = torch.arange(2, dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    with kernels_forced():
+        contiguous, masked = (
+            experts_contiguous(hidden[0], rows, offsets_of([2]), bank),
+            experts_masked(hidden, counts, bank),
+        )
+    assert_close(contiguous, by_formula(hidden[0], bank, 0), KERNEL_TOLERANCE["float32"])
+    assert torch.equal(masked[0], contiguous)
+
+
+@pytest.mark.parametrize("counts", [[1] * 9, [0] * 8 + [40], [17, 16, 1, 0], [], [0]], ids=str)
+def test_programs_are_enough_for_any_spread_of_slots(counts):
+    tiles_count = sum(-(-count // 16) for count in counts)
+    assert tiles_count <= tiles_count_max(sum(counts), len(counts), 0, 16)
+
+
+def test_tiles_grow_with_the_slots_of_an_expert():
+    for dtype in TILES:
+        tiles = [tiles_for(dtype, slots) for slots in (0, FEW, FEW + 0.1, SOME, SOME + 1, 1e6)]
+        assert [tile.down.tokens for tile in tiles] == sorted(tile.down.tokens for tile in tiles)
+
+
+def test_a_bank_that_is_quantised_has_its_scales_by_half():
+    plain = drawn_bank("bfloat16", 2)
+    bank = plain.quantised()
+    assert bank.gate_up_scales.shape == (2, 2, 2) and bank.down_scales.shape == (2, 2, 1)
+    for mine, theirs in zip(bank.expert(1, torch.float32), plain.expert(1, torch.float32), strict=True):
+        assert_close(mine, theirs.double(), 2**-4)
+
+
+def test_a_bank_is_stacked_from_the_weights_of_each_expert():
+    whole = drawn_bank("fp8", 3)
+    bank = ExpertBank.stacked(whole.gate_up, whole.down, whole.gate_up_scales, whole.down_scales)
+    assert torch.equal(bank.gate_up.float(), whole.gate_up.float())
+    assert torch.equal(bank.down_scales, whole.down_scales)
+    assert not ExpertBank.stacked([torch.zeros(4, 8)], [torch.zeros(8, 2)]).is_quantised
+
+
+def test_weights_that_do_not_fit_are_refused():
+    gate_up, down = torch.zeros(2, 8, 16), torch.zeros(2, 16, 4)
+    with pytest.raises(ValueError, match=r"gate_up is .* give torch.float32 \[2, 8, 16\]"):
+        ExpertBank(gate_up[:, :7], down)
+    with pytest.raises(ValueError, match="down_scales is missing"):
+        ExpertBank(gate_up.to(torch.float8_e4m3fn), down.to(torch.float8_e4m3fn), torch.ones(2, 2, 1))
+    with pytest.raises(ValueError, match="leave those out"):
+        ExpertBank(gate_up, down, down_scales=torch.ones(2, 1, 1))
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    bank, rows = drawn_bank("float32", 2), torch.zeros(3, dtype=torch.int32)
+    offsets, hidden = torch.zeros(3, dtype=torch.int32), torch.zeros(4, HIDDEN)
+    with pytest.raises(ValueError, match=r"hidden is .* give \[tokens, 136\]"):
+        experts_contiguous(hidden[:, 1:], rows, offsets, bank)
+    with pytest.raises(ValueError, match=r"rows is torch.int64"):
+        experts_contiguous(hidden, rows.long(), offsets, bank)
+    with pytest.raises(ValueError, match=r"offsets is .* \[3\]"):
+        experts_contiguous(hidden, rows, offsets[:2], bank)
+    with pytest.raises(ValueError, match=r"give \[2, capacity, 136\]"):
+        experts_masked(hidden, offsets[:2], bank)
+    with pytest.raises(ValueError, match=r"counts is .* \[2\]"):
+        experts_masked(torch.zeros(2, 4, HIDDEN), offsets, bank)
