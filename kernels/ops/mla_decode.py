@@ -1,4 +1,4 @@
-"""Absorbed latent attention: one query token a request over its latents in pages, keys and values being one.
+"""Absorbed latent attention: a request's newest tokens over its latents in pages, keys and values being one.
 
 Each request is computed on its own over just the tokens it has: its bits do not depend on its neighbours,
 and what other slots of its pages hold is never read.
@@ -9,7 +9,10 @@ import itertools
 import numpy as np
 import torch
 
+from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, multiply_four, runs_compiled
+from kernels.ops.latent_format import packed_bytes, unpack_latents_reference
+from kernels.ops.mla_decode_kernel import mla_decode_kernel
 
 
 def mla_decode_reference(
@@ -20,18 +23,34 @@ def mla_decode_reference(
     value_dim: int,
     scale: float,
 ) -> torch.Tensor:
-    """What `mla_decode` computes, request by request in torch."""
+    """What `mla_decode` computes, row by row in torch."""
     scaled = queries * scale
-    out = queries.new_empty(*queries.shape[:2], value_dim)
-    page_tokens = latents.shape[1]
-    for request, length in enumerate(lengths.tolist()):
-        used = pages[request, : -(-length // page_tokens)].tolist()
-        in_a_row = all(after == before + 1 for before, after in itertools.pairwise(used))
-        context = latents[used[0] : used[0] + len(used)] if in_a_row else latents[used]
-        context = context.flatten(0, 1)[:length]
-        weights = torch.mm(scaled[request], context.t()).float().softmax(dim=-1)
-        torch.mm(weights.to(context.dtype), context[:, :value_dim], out=out[request])
+    out = queries.new_zeros(*queries.shape[:2], value_dim)
+    newest_count = newest_tokens_count(queries, lengths)
+    for row in range(len(queries)):
+        request, newest = divmod(row, newest_count)
+        length = int(lengths[request]) - (newest_count - 1 - newest)
+        if length <= 0:
+            continue
+        context = context_of(latents, pages[request], length)
+        if latents.dtype == torch.uint8:
+            context = unpack_latents_reference(context, value_dim, queries.dtype)
+        weights = torch.mm(scaled[row], context.t()).float().softmax(dim=-1)
+        torch.mm(weights.to(context.dtype), context[:, :value_dim], out=out[row])
     return out
+
+
+def newest_tokens_count(queries: torch.Tensor, lengths: torch.Tensor) -> int:
+    """How many of `queries [requests * newest, heads, latent]` each request has."""
+    return len(queries) // max(len(lengths), 1)
+
+
+def context_of(latents: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` rows of latents in one request's pages; a view where those are in a row."""
+    used = pages[: -(-length // latents.shape[1])].tolist()
+    in_a_row = all(after == before + 1 for before, after in itertools.pairwise(used))
+    context = latents[used[0] : used[0] + len(used)] if in_a_row else latents[used]
+    return context.flatten(0, 1)[:length]
 
 
 def mla_decode(
@@ -42,23 +61,35 @@ def mla_decode(
     value_dim: int,
     scale: float,
 ) -> torch.Tensor:
-    """`queries [requests, heads, latent]` over `latents [pages, 64, latent]`, to `[requests, heads, value]`.
+    """`queries [requests * newest, heads, latent]` over `latents [pages, 64, row]`, to `[..., heads, value]`.
 
     A request's context is the first `lengths [requests]` tokens of its row of `pages [requests, most]`, both
-    int32.
+    int32. Its queries are those of its newest tokens in order, as many for each request: the last sees the
+    whole context, the one before all but the last token, and one that sees nothing has zeros. Rows of latents
+    are numbers, or uint8 in the layout of `latent_format`. Raises ValueError for shapes that do not fit.
     """
-    if not runs_compiled(queries):
+    newest_count = newest_tokens_count(queries, lengths)
+    if len(pages) != len(lengths) or newest_count * len(lengths) != len(queries):
+        raise ValueError(f"queries {list(queries.shape)}, pages and lengths do not fit each other")
+    if latents.shape[2] != row_size(latents.dtype, value_dim, queries.shape[2] - value_dim):
+        raise ValueError(f"queries {list(queries.shape)} do not fit latents {list(latents.shape)}")
+    if runs_kernel(queries):
+        return mla_decode_kernel(queries, latents, pages, lengths, value_dim, scale)
+    if newest_count != 1 or not (runs_compiled(queries) and runs_compiled(latents)):
         return mla_decode_reference(queries, latents, pages, lengths, value_dim, scale)
     slots_max = pages.shape[1] * latents.shape[1]
-    if not len(queries) == len(pages) == len(lengths) or queries.shape[2] != latents.shape[2]:
-        raise ValueError(f"queries {list(queries.shape)}, pages and lengths do not fit each other")
-    if len(lengths) and (lengths.numpy().max() > slots_max or pages.numpy().max() >= len(latents)):
+    if lengths.numpy().max() > slots_max or pages.numpy().max() >= len(latents):
         raise ValueError("a context is longer than its pages, or names pages that are not there")
     out = queries.new_empty(*queries.shape[:2], value_dim)
     scores = np.empty((queries.shape[1], slots_max), np.float32)
     given = (queries.contiguous(), latents, pages, lengths)
     _attend_all(*(tensor.numpy() for tensor in given), np.float32(scale), scores, out.numpy())
     return out
+
+
+def row_size(dtype: torch.dtype, value_dim: int, position_dim: int) -> int:
+    """Numbers, or bytes of uint8, of one token's latent."""
+    return packed_bytes(value_dim, position_dim) if dtype == torch.uint8 else value_dim + position_dim
 
 
 @compiled()
@@ -118,6 +149,9 @@ def _mix(weights, latents, pages, length, out):
 def _attend_all(queries, latents, pages, lengths, scale, scores, out):
     for request in range(len(lengths)):
         length = lengths[request]
+        if length == 0:
+            out[request] = 0
+            continue
         _weigh(queries[request], latents, pages[request], length, scores)
         _soften(scores, length, scale)
         _mix(scores, latents, pages[request], length, out[request])
