@@ -29,6 +29,7 @@ from cluster.router import Router
 from decode.config import DecodeConfig
 from decode.messages import SamplingParameters, TokenLogprob
 from decode.node import DecodeNode
+from experts.banked import BankedExperts
 from experts.local import LocalExperts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.moe import RoutedExperts
@@ -77,9 +78,15 @@ class Reference:
         requests_max: int = 64,
         routed: RoutedExperts | None = None,
         on_progress: ProgressCallback | None = None,
+        packs_latents: bool = False,
+        device: str = "cpu",
+        keeps_fp8: bool = False,
     ):
-        experts = routed or LocalExperts.from_checkpoint(checkpoint, dtype, on_progress)
-        self.transformer = Transformer.from_checkpoint(checkpoint, dtype, experts, on_progress)
+        kind = LocalExperts if device == "cpu" else BankedExperts
+        experts = routed or kind.from_checkpoint(checkpoint, dtype, on_progress, device)
+        self.transformer = Transformer.from_checkpoint(
+            checkpoint, dtype, experts, on_progress, device, keeps_fp8
+        )
         name = f"reference-{next(self._names)}"
         prefill = PrefillConfig(
             f"{name}-prefill",
@@ -89,9 +96,16 @@ class Reference:
             step_tokens_max,
             requests_max,
             1,
+            packs_latents,
         )
         decode = DecodeConfig(
-            f"{name}-decode", f"memory://{name}-decode", SECRET, latents_bytes, requests_max, 1
+            f"{name}-decode",
+            f"memory://{name}-decode",
+            SECRET,
+            latents_bytes,
+            requests_max,
+            1,
+            packs_latents=packs_latents,
         )
         self.prefill = PrefillNode(prefill, self.transformer)
         self.decode = DecodeNode(decode, self.transformer)

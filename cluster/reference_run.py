@@ -15,7 +15,7 @@ from cluster.config import check_config
 from cluster.errors import TriviumError
 from cluster.events import RoutedRequest
 from cluster.model_folder import open_checkpoint
-from cluster.place import context_tokens_max
+from cluster.place import context_tokens_max, device_of
 from cluster.reference import Generation, Reference, RequestRefused
 from cluster.requests import error_values, from_json
 from cluster.show import printable
@@ -68,6 +68,9 @@ def print_answer(config_json: str, request_json: str, json_output: bool) -> None
             getattr(torch, config.model.compute_dtype),
             latents_bytes=config.decode.latents_bytes,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            packs_latents=config.model.latents == "fp8",
+            device=device_of(config),
+            keeps_fp8=device_of(config) != "cpu",
         )
     request = RoutedRequest("reference", valid.token_ids, valid.sampling)
     text = TextStream(tokenizer, valid.token_ids, valid.stop_strings, valid.sampling.tokens_min)

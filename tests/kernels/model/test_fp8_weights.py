@@ -11,7 +11,7 @@ from kernels.ops.projection import is_fp8, joined, moved, plain, prepared, proje
 from tests.checkpoints import build
 from tests.kernels.model.test_transformer import drawn_prompts, lane_of
 
-LOGITS_TOLERANCE = 0.08  # of activations with three bits after the first in every product
+LOGITS_TOLERANCE = 0.15  # of activations with three bits after the first, in every product of three layers
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_bias_is_added_to_either(device):
     exact = hidden @ weight.T + bias
     assert torch.allclose(project(hidden, prepared(weight), bias), exact, atol=1e-4)
     given = (hidden.to(device), moved(Fp8Weight.of(weight), device), bias.to(device))
-    assert (project(*given).cpu() - exact).abs().max() < LOGITS_TOLERANCE * exact.abs().max()
+    assert (project(*given).cpu() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_a_model_that_keeps_fp8_is_nearly_the_one_that_does_not(checkpoint):

@@ -1,0 +1,132 @@
+"""Recorded lanes give what lanes give: for other requests, fewer, longer ones, side by side."""
+
+import pytest
+import torch
+
+from decode.graphs import GraphedLanes, run_through
+from decode.messages import ReservePages, SamplingParameters
+from decode.request import DecodeRequest
+from decode.step import DecodeStep
+from decode.step_inputs import StepInputs
+from experts.local import LocalExperts
+from kernels.model.latent_cache import LatentCache
+from kernels.model.pages import PAGE_TOKENS
+from kernels.ops.backend import kernels_forced
+from tests.decode.replaying import ReplayingRecorder
+
+PAGES_COUNT = 40
+
+
+class Afar:
+    """Experts that are elsewhere: what they answer is new memory each time, and they count their calls."""
+
+    is_recordable = False
+
+    def __init__(self, experts: LocalExperts):
+        self.experts = experts
+        self.tokens_counts: list[int] = []
+
+    def dispatch(self, layer, hidden, expert_ids, expert_weights):
+        """As the socket has it."""
+        self.tokens_counts.append(len(hidden))
+        return self.experts.dispatch(layer, hidden.clone(), expert_ids.clone(), expert_weights.clone())
+
+
+@pytest.fixture
+def cache(transformer) -> LatentCache:
+    """Latents of everything, at random."""
+    layout = transformer.latent_layout(False)
+    page_bytes = transformer.config.layers_count * PAGE_TOKENS * layout.row_bytes
+    cache = LatentCache(transformer.config.layers_count, layout, PAGES_COUNT * page_bytes)
+    cache.latents.normal_()
+    return cache
+
+
+def drawn_requests(cache: LatentCache, *lengths: int) -> list[DecodeRequest]:
+    """Requests with so many tokens, the newest without a latent."""
+    requests = []
+    for number, length in enumerate(lengths):
+        token_ids = torch.randint(2, 512, (length,)).tolist()
+        pages = cache.pool.lease(-(-(length + 1) // PAGE_TOKENS))
+        asked = ReservePages(f"r{number}", 1, tuple(token_ids), length, SamplingParameters())
+        request = DecodeRequest(asked, None, pages, 0.0, [], list(token_ids))
+        request.page_table = torch.tensor(pages, dtype=torch.int32)
+        requests.append(request)
+    return requests
+
+
+@pytest.mark.parametrize("is_far", [False, True], ids=["experts here", "experts elsewhere"])
+def test_a_recorded_step_is_the_step_for_any_requests_of_its_size(transformer, cache, is_far):
+    local = transformer.routed
+    routed = Afar(local) if is_far else local
+    plugged = transformer.plugged_into(routed)
+    plain = DecodeStep(plugged, cache, 1)
+    recorded = DecodeStep(plugged, cache, 1, ReplayingRecorder)
+    with kernels_forced():
+        for lengths in ((70, 3, 130), (65, 64), (5, 1, 128, 200)):
+            requests = drawn_requests(cache, *lengths)
+            before = cache.latents.clone()
+            expected, written = plain.run(requests), cache.latents.clone()
+            cache.latents.copy_(before)
+            assert torch.equal(recorded.run(requests), expected)
+            assert torch.equal(cache.latents, written)
+    assert len(recorded._graphs._tapes) == 2
+    if is_far:
+        assert set(routed.tokens_counts) == {2, 3, 4}, "nobody sends what only fills a recorded size"
+
+
+def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache):
+    plugged = transformer.plugged_into(Afar(transformer.routed))
+    plain, recorded = DecodeStep(plugged, cache, 2), DecodeStep(plugged, cache, 2, ReplayingRecorder)
+    with kernels_forced():
+        requests = drawn_requests(cache, *range(40, 48))
+        expected = plain.run(requests)
+        assert torch.equal(recorded.run(requests), expected)
+        assert torch.equal(recorded.run(requests), expected)
+
+
+def test_a_size_is_recorded_once():
+    recordings = []
+
+    class Recorder:
+        """Notes when it begins."""
+
+        def begin(self):
+            """Note it."""
+            recordings.append(1)
+
+        def end(self):
+            """Nothing to play."""
+            return lambda: None
+
+    def make_lane(inputs, routed):
+        pending = routed.dispatch(0, inputs.token_ids[:, None].float(), inputs.pages, inputs.lengths)
+        yield
+        return pending.combine()
+
+    graphs = GraphedLanes(make_lane, Afar(None), Recorder)
+    for count in (3, 4, 3, 9, 16, 12):
+        pages = torch.zeros(count, 1, dtype=torch.int32)
+        ones = torch.ones(count, dtype=torch.int64)
+        graphs.lane(0, StepInputs(ones, ones, ones, pages, ones.int()))
+    assert len(recordings) == 2 * 3, "three pieces for each of two sizes"
+
+
+def test_what_fills_a_size_is_written_nowhere():
+    ones = torch.arange(1, 4)
+    inputs = StepInputs(ones, ones, ones, torch.ones(3, 2, dtype=torch.int32), ones.int())
+    wide = inputs.padded(*inputs.bucket())
+    assert wide.requests_count == 4 and wide.pages.shape == (4, 16)
+    assert wide.slots.tolist() == [1, 2, 3, -1] and wide.token_ids.tolist() == [1, 2, 3, 1]
+    wide.fill(StepInputs(ones[:1] * 9, ones[:1], ones[:1], torch.full((1, 3), 7).int(), ones[:1].int()))
+    assert wide.token_ids.tolist() == [9] * 4 and wide.slots.tolist() == [1, -1, -1, -1]
+    assert wide.pages[:, :3].eq(7).all()
+
+
+def test_run_through_returns_what_the_lane_does():
+    def lane():
+        yield
+        yield
+        return torch.ones(1)
+
+    assert run_through(lane()).item() == 1
