@@ -4,6 +4,8 @@ PYTHON ?= python3
 CONFIG ?= examples/local.yaml
 INSTALLED := .venv/.installed
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input -qq
+PYTEST := .venv/bin/python -m pytest -q
+NO_TEST := 5
 
 .PHONY: help run test lint helm bench proto clean
 
@@ -21,7 +23,10 @@ run: $(INSTALLED)
 	@exec .venv/bin/trivium serve $(CONFIG) --greet $(if $(ONCE),--once)
 
 test: $(INSTALLED)
-	@start=$$(date +%s); .venv/bin/python -m pytest -q $(ARGS); code=$$?; took=$$(($$(date +%s) - start)); \
+	@start=$$(date +%s); $(PYTEST) tests/end_to_end $(ARGS); code=$$?; \
+	$(PYTEST) --numprocesses 2 --dist loadfile tests --ignore tests/end_to_end $(ARGS); rest=$$?; \
+	if [ $$code -eq $(NO_TEST) ] || { [ $$code -eq 0 ] && [ $$rest -ne $(NO_TEST) ]; }; then code=$$rest; fi; \
+	took=$$(($$(date +%s) - start)); \
 	if [ $$code -eq 0 ]; then echo "make test: passed in $$took s"; \
 	else echo "make test: FAILED after $$took s (pytest's exit code $$code); the reasons are above"; fi; \
 	exit $$code

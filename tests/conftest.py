@@ -28,6 +28,7 @@ settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     """Mark every process that the tests will start, through the environment that it inherits."""
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # which a worker of several has: tables are as wide as a test says
     os.environ[MARK] = uuid.uuid4().hex
 
 
