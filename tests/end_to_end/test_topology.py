@@ -1,6 +1,7 @@
 """Whatever the topology and the company, a request gets the same tokens."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -48,10 +49,9 @@ def requested(index: int, prompt: tuple[int, ...]) -> RequestedGeneration:
     return RequestedGeneration(token_ids=prompt, sampling=sampling)
 
 
-@pytest.fixture(scope="module")
-def truth(checkpoint) -> list[list[int]]:
+def answers_alone(folder: Path, packs_latents: bool) -> list[list[int]]:
     """Tokens of one process with LocalExperts, each request alone."""
-    reference = Reference(Checkpoint(checkpoint(NAME)))
+    reference = Reference(Checkpoint(folder), packs_latents=packs_latents)
     answers = []
     for index, prompt in enumerate(prompts()):
         asked = requested(index, prompt).sampling
@@ -67,11 +67,31 @@ def truth(checkpoint) -> list[list[int]]:
     return answers
 
 
+@pytest.fixture(scope="module")
+def truth(checkpoint) -> list[list[int]]:
+    """What every topology must answer."""
+    return answers_alone(checkpoint(NAME), packs_latents=False)
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_same_tokens_alone_and_among_others(topology, stage, checkpoint, truth):
     requests = [requested(index, prompt) for index, prompt in enumerate(prompts())]
     address = stage.cluster(checkpoint(NAME), **TOPOLOGIES[topology])
     assert one_by_one(address, requests[:ALONE_COUNT]) == truth[:ALONE_COUNT]
-    together = all_tokens(address, requests)
-    wrong = [index for index, (ours, true) in enumerate(zip(together, truth, strict=True)) if ours != true]
-    assert not wrong, f"{topology}: requests {wrong} differ"
+    assert_same(all_tokens(address, requests), truth)
+
+
+def test_latents_kept_and_sent_as_fp8_give_the_tokens_of_one_process_that_does_so(stage, checkpoint, truth):
+    folder = checkpoint(NAME)
+    requests = [requested(index, prompt) for index, prompt in enumerate(prompts())]
+    address = stage.cluster(folder, model={"folder": str(folder), "latents": "fp8"}, decode={"count": 2})
+    expected = answers_alone(folder, packs_latents=True)
+    assert expected != truth, "FP8 changes no token: this test shows nothing"
+    assert_same(all_tokens(address, requests), expected)
+
+
+def assert_same(tokens: list[list[int]], expected: list[list[int]]) -> None:
+    """All requests have the tokens that are expected of them."""
+    pairs = zip(tokens, expected, strict=True)
+    wrong = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
+    assert not wrong, f"requests {wrong} differ"
