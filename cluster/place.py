@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cluster.config import AUTO, ClusterConfig
+from cluster.errors import InvalidConfig
 from cluster.scaling import AutoscalerConfig, PoolLimits
 from cluster.token_file import read_token
 from experts.config import PlanConfig
@@ -104,10 +105,16 @@ def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> Au
 
 
 def device_of(config: ClusterConfig) -> str:
-    """Where this process computes: on its GPU if it has one and may, else on the CPU."""
-    if config.model.device != AUTO:
-        return config.model.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where this process computes: on its GPU if it has one and may, else on the CPU; raises InvalidConfig."""
+    has_gpu = torch.cuda.is_available()
+    if config.model.device == "cuda" and not has_gpu:
+        raise InvalidConfig(
+            reason="NO_GPU",
+            message="model.device is cuda, but this process has no GPU",
+            field="model.device",
+            remedy="Give each pool resources, such as {GPU: 1}, on hosts that have them; or set device: auto.",
+        )
+    return "cuda" if has_gpu and config.model.device != "cpu" else "cpu"
 
 
 def latent_bytes(model: ModelConfig, config: ClusterConfig) -> int:

@@ -7,7 +7,8 @@ import pytest
 from cluster import place as place_module
 from cluster.config import check_config
 from cluster.errors import InvalidConfig
-from cluster.place import Place, make_place
+from cluster.place import Place, context_tokens_max, device_of, latent_bytes, make_place
+from kernels.model.checkpoint import Checkpoint
 
 FOLDER = Path("examples/trivium-small")
 
@@ -55,3 +56,29 @@ def test_addresses(tmp_path, monkeypatch):
     assert there.address("x") == "tcp://10.9.9.9:0"
     anywhere = made(tmp_path, transport={"scheme": "tcp", "host": "auto"})
     assert anywhere.address("x") == "tcp://10.1.2.3:0"
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "device"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_a_process_computes_on_its_gpu_unless_told_not_to(tmp_path, monkeypatch, asked, has_gpu, device):
+    monkeypatch.setattr(place_module.torch.cuda, "is_available", lambda: has_gpu)
+    config = made(tmp_path, model={"folder": str(FOLDER.resolve()), "device": asked}).config
+    assert device_of(config) == device
+
+
+def test_a_gpu_that_is_not_there_is_asked_for_by_resources(tmp_path, monkeypatch):
+    monkeypatch.setattr(place_module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidConfig, match="no GPU") as caught:
+        device_of(made(tmp_path, model={"folder": str(FOLDER.resolve()), "device": "cuda"}).config)
+    assert caught.value.field == "model.device" and "resources" in caught.value.remedy
+
+
+def test_latents_in_fp8_make_room_for_longer_contexts(tmp_path):
+    model = Checkpoint(FOLDER).config
+    sizes = {"prefill": {"latents_bytes": 2**20}, "decode": {"latents_bytes": 2**20}}
+    plain = made(tmp_path, **sizes).config
+    packed = made(tmp_path, model={"folder": str(FOLDER.resolve()), "latents": "fp8"}, **sizes).config
+    assert latent_bytes(model, packed) == model.kv_lora_rank + 4 * (model.kv_lora_rank // 128) + 2 * 64
+    assert context_tokens_max(model, packed) > context_tokens_max(model, plain)
