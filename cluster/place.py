@@ -105,14 +105,14 @@ def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> Au
 
 
 def device_of(config: ClusterConfig) -> str:
-    """Where this process computes: on its GPU if it has one and may, else on the CPU; raises InvalidConfig."""
+    """Where this process computes: on its GPU if it has one and may; raises InvalidConfig."""
     has_gpu = torch.cuda.is_available()
     if config.model.device == "cuda" and not has_gpu:
         raise InvalidConfig(
             reason="NO_GPU",
             message="model.device is cuda, but this process has no GPU",
             field="model.device",
-            remedy="Give each pool resources, such as {GPU: 1}, on hosts that have them; or set device: auto.",
+            remedy="Give each pool resources, such as {GPU: 1}, where hosts have them; or set device: auto.",
         )
     return "cuda" if has_gpu and config.model.device != "cpu" else "cpu"
 

@@ -159,11 +159,18 @@ class GraphedLanes:
 
     def lane(self, number: int, inputs: StepInputs) -> Lane:
         """The lane of `inputs`, the `number`-th of those that alternate."""
+        return self._tape(number, inputs).play(inputs, self._routed)
+
+    def prepare(self, number: int, inputs: StepInputs) -> None:
+        """Record what a lane of this size needs, if it is not there."""
+        self._tape(number, inputs)
+
+    def _tape(self, number: int, inputs: StepInputs) -> Tape:
         size = inputs.bucket()
         tape = self._tapes.get((number, *size))
         if tape is None:
             tape = self._tapes[number, *size] = self._record(number, inputs.padded(*size))
-        return tape.play(inputs, self._routed)
+        return tape
 
     def _record(self, number: int, inputs: StepInputs) -> Tape:
         if number not in self._recorders:

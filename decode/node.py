@@ -70,6 +70,7 @@ class DecodeNode:
         self._model = model
         make_recorder = CudaRecorder if transformer.device.type == "cuda" else None
         self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches, make_recorder)
+        self.decode_step.prepare(config.requests_max)
         self._clock = clock
         self._receiving: dict[Channel, tuple[float, int]] = {}
         self._cancelled: set[tuple[str, int]] = set()
@@ -171,6 +172,7 @@ class DecodeNode:
         except Exception:
             logger.exception("%s: a step failed", self.config.name)
             self._fail(self.batcher.everyone(), "internal", "the decode node failed", retryable=True)
+            self.cache.check_device()  # where it raises, this node leaves
 
     # what comes in, on the endpoint's thread
 

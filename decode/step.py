@@ -7,7 +7,7 @@ import torch
 from decode.batcher import split_evenly
 from decode.graphs import GraphedLanes, Recorder
 from decode.request import DecodeRequest
-from decode.step_inputs import StepInputs
+from decode.step_inputs import PAGES_MIN, StepInputs, bucket_of
 from kernels.model.attention import LatentAttention
 from kernels.model.latent_cache import LatentCache
 from kernels.model.moe import RoutedExperts
@@ -33,6 +33,15 @@ class DecodeStep:
         self._graphs = None
         if make_recorder is not None:
             self._graphs = GraphedLanes(self._lane_of, transformer.routed, make_recorder)
+
+    @torch.inference_mode()
+    def prepare(self, requests_max: int) -> None:
+        """Record steps of short contexts, of one to so many requests, before a request waits for it."""
+        if self._graphs is None:
+            return
+        for rows in sorted({bucket_of(rows) for rows in range(1, requests_max + 1)}, reverse=True):
+            for number in range(self.micro_batches):
+                self._graphs.prepare(number, StepInputs.blank(rows, PAGES_MIN, self.transformer.device))
 
     @torch.inference_mode()
     def run(self, batch: Sequence[DecodeRequest]) -> torch.Tensor:

@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from decode.request import DecodeRequest
 
 PAGES_MIN = 16  # of a recorded step: 1,024 tokens
+PAGES_FACTOR = 4
+ROWS_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +43,24 @@ class StepInputs:
             return cls(*columns)
         return cls(*(column.pin_memory().to(device, non_blocking=True) for column in columns))
 
+    @classmethod
+    def blank(cls, rows: int, pages_count: int, device: torch.device) -> "StepInputs":
+        """Requests that are nobody's: their latents are written nowhere."""
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        pages = torch.zeros(rows, pages_count, dtype=torch.int32, device=device)
+        return cls(zeros, zeros, zeros - 1, pages, torch.ones_like(zeros, dtype=torch.int32))
+
     @property
     def requests_count(self) -> int:
         """Rows."""
         return len(self.token_ids)
 
     def bucket(self) -> tuple[int, int]:
-        """Requests and pages of the recorded step that these fit: powers of two, and eights of requests."""
-        count = self.requests_count
-        rows = 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
-        return rows, max(1 << (self.pages.shape[1] - 1).bit_length(), PAGES_MIN)
+        """Requests and pages of the recorded step that these fit."""
+        pages_count = PAGES_MIN
+        while pages_count < self.pages.shape[1]:
+            pages_count *= PAGES_FACTOR  # what is beyond a request's own pages costs next to nothing
+        return bucket_of(self.requests_count), pages_count
 
     def padded(self, rows: int, pages_count: int) -> "StepInputs":
         """Memory for `rows` requests of so many pages, filled with these."""
@@ -73,3 +83,8 @@ class StepInputs:
             room[:count].copy_(theirs)
             room[count:].copy_(theirs[:1])
         self.slots[count:].fill_(-1)
+
+
+def bucket_of(rows: int) -> int:
+    """Rows of the recorded step that so many requests fit: a power of two up to eight, then eights."""
+    return 1 << (rows - 1).bit_length() if rows <= ROWS_STEP else -(-rows // ROWS_STEP) * ROWS_STEP

@@ -173,6 +173,7 @@ class PrefillNode:
             logger.exception("%s: a step failed", self.config.name)
             for request in self.batcher.everyone():
                 self._fail(request, "internal", "the prefill node failed", retryable=True)
+            self.cache.check_device()  # where it raises, this node leaves
 
     # what comes in, on the endpoint's thread
 

@@ -7,7 +7,7 @@ from decode.graphs import GraphedLanes, run_through
 from decode.messages import ReservePages, SamplingParameters
 from decode.request import DecodeRequest
 from decode.step import DecodeStep
-from decode.step_inputs import StepInputs
+from decode.step_inputs import PAGES_MIN, StepInputs, bucket_of
 from experts.local import LocalExperts
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PAGE_TOKENS
@@ -83,6 +83,21 @@ def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache):
         expected = plain.run(requests)
         assert torch.equal(recorded.run(requests), expected)
         assert torch.equal(recorded.run(requests), expected)
+
+
+def test_steps_of_every_size_are_recorded_before_the_first_request(transformer, cache):
+    recorded = DecodeStep(transformer.plugged_into(Afar(None)), cache, 2, ReplayingRecorder)
+    before = cache.latents.clone()
+    with kernels_forced():
+        recorded.prepare(requests_max=3)
+    assert sorted(recorded._graphs._tapes) == [(n, rows, PAGES_MIN) for n in (0, 1) for rows in (1, 2, 4)]
+    assert torch.equal(cache.latents, before), "nobody's latents are written nowhere"
+
+
+def test_sizes_grow_by_powers_of_two_and_then_by_eights():
+    assert [bucket_of(rows) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64)] == [1, 2, 4, 8, 8, 16, 16, 24, 64]
+    for width, pages_count in ((1, 16), (16, 16), (17, 64), (65, 256)):
+        assert StepInputs.blank(3, width, torch.device("cpu")).bucket() == (4, pages_count)
 
 
 def test_a_size_is_recorded_once():
