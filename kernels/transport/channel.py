@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from kernels.transport.frame import Body, ChooseBuffers, Frame
+from kernels.transport.frame import Body, ChooseBuffers, Frame, Part
 
 
 class Channel(Protocol):
@@ -12,7 +12,7 @@ class Channel(Protocol):
     peer: str
     """Name that the peer gave itself; empty before its hello."""
 
-    def send(self, kind: str, body: Body = None, parts: Sequence[memoryview] = ()) -> None:
+    def send(self, kind: str, body: Body = None, parts: Sequence[Part] = ()) -> None:
         """Queue a frame and send what the peer takes now; the parts must stay unchanged until flushed."""
 
     def push(self) -> bool:

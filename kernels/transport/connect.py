@@ -1,4 +1,7 @@
-"""Addresses with a scheme: `tcp://host:port`, `unix:///path`, `memory://name`."""
+"""Addresses with a scheme: `tcp://host:port`, `unix:///path`, `memory://name`.
+
+Between GPUs `nccl://host:port`, and `cuda-ipc:///path` between processes that use the same one.
+"""
 
 import hmac
 import os
@@ -6,21 +9,30 @@ import socket
 import stat
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from kernels.transport.cuda_ipc import CudaIpcLink
+from kernels.transport.device_channel import DeviceChannel
+from kernels.transport.device_link import DeviceLink
 from kernels.transport.errors import AddressInvalid, ChannelError, ConnectFailed, HelloRefused, ListenFailed
-from kernels.transport.frame import Frame, FrameLimits
+from kernels.transport.frame import HELLO, Frame, FrameLimits
+from kernels.transport.nccl import NcclLink
 from kernels.transport.stream import StreamChannel
 
 PROTOCOL_VERSION = 1
-HELLO = "hello"
 HELLO_LIMITS = FrameLimits(header_bytes_max=4096, payload_bytes_max=0)
 NAME_CHARACTERS_MAX = 128
 BACKLOG = 1024  # a full one refuses unix peers at once, and a shard that computes accepts nobody meanwhile
 LOCAL_BUFFER_BYTES = 4 << 20
 KEEPALIVE_S = 10
 SILENT_HOST_S = 60
+
+LINKS: dict[str, Callable[[], DeviceLink]] = {"nccl": NcclLink, "cuda-ipc": CudaIpcLink}
+"""What joins the GPUs of both ends, for each scheme of device channels."""
+UNDER = {"nccl": "tcp", "cuda-ipc": "unix"}
+"""The scheme of the socket under a device channel."""
 
 
 def own_host() -> str:
@@ -138,18 +150,24 @@ class MemoryListener:
 
 
 def listen(address: str) -> Listener:
-    """Listen at an address; port 0 takes a free one, a stale unix path is replaced; raises ListenFailed."""
+    """Listen at an address; port 0 takes a free one, a stale unix path is replaced; raises ListenFailed.
+
+    Raises DeviceUnavailable for an address between GPUs where there is none.
+    """
     scheme, rest = split(address)
     if scheme == "memory":
         return MemoryListener(rest)
-    sock = socket.socket(socket.AF_UNIX if scheme == "unix" else family_of(rest))
+    if scheme in LINKS:
+        LINKS[scheme]()  # better known now that there is no GPU than when the first peer comes
+    on_path = UNDER.get(scheme, scheme) == "unix"
+    sock = socket.socket(socket.AF_UNIX if on_path else family_of(rest))
     try:
-        if scheme == "unix":
+        if on_path:
             bind_unix(sock, Path(rest))
             return SocketListener(sock, address, Path(rest))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(split_host(rest))
-        return SocketListener(sock, f"tcp://{rest.rpartition(':')[0]}:{sock.getsockname()[1]}")
+        return SocketListener(sock, f"{scheme}://{rest.rpartition(':')[0]}:{sock.getsockname()[1]}")
     except (OSError, UnicodeError) as error:
         sock.close()
         if isinstance(error, ChannelError):
@@ -158,14 +176,48 @@ def listen(address: str) -> Listener:
 
 
 def connect(address: str, secret: str, name: str, timeout_s: float = 5.0) -> StreamChannel:
-    """A channel to the listener at `address`, our hello already sent; raises ConnectFailed."""
-    channel = StreamChannel(dial(address, timeout_s))
+    """A channel to the listener at `address`, our hello sent; raises ConnectFailed, DeviceUnavailable."""
+    scheme, _ = split(address)
+    link = LINKS[scheme]() if scheme in LINKS else None
+    hello = {"version": PROTOCOL_VERSION, "secret": secret, "name": name}
+    channel = channel_over(dial(address, timeout_s), link)
     try:
-        channel.send(HELLO, {"version": PROTOCOL_VERSION, "secret": secret, "name": name})
+        if isinstance(channel, DeviceChannel):
+            channel.greet(hello)
+        else:
+            channel.send(HELLO, hello)
     except ChannelError as error:
         channel.close()
         raise ConnectFailed(f"{address} went away before our hello") from error
     return channel
+
+
+def accepted(sock: socket.socket, address: str) -> StreamChannel:
+    """The channel of a peer that knocked at `address` and has yet to say hello; raises OSError."""
+    scheme, _ = split(address)
+    return channel_over(sock, LINKS[scheme]() if scheme in LINKS else None, HELLO_LIMITS)
+
+
+def welcome(channel: StreamChannel, hello: Frame, secret: str, limits: FrameLimits) -> None:
+    """Let a peer in whose hello is valid, its GPU joined to ours where it has one; raises HelloRefused."""
+    name = check_hello(hello, secret)
+    channel.reader.limits = limits
+    if isinstance(channel, DeviceChannel):
+        channel.welcome(hello.body)
+    channel.peer = name
+
+
+def channel_over(
+    sock: socket.socket, link: DeviceLink | None, limits: FrameLimits | None = None
+) -> StreamChannel:
+    """A channel over a connected socket, which is closed where that fails; raises OSError."""
+    if link is None:
+        return StreamChannel(sock, limits)
+    try:
+        return DeviceChannel(sock, link, limits)
+    except OSError:
+        sock.close()
+        raise
 
 
 def dial(address: str, timeout_s: float) -> socket.socket:
@@ -174,7 +226,7 @@ def dial(address: str, timeout_s: float) -> socket.socket:
     try:
         if scheme == "memory":
             return prepare(MemoryListener.knock(rest))
-        if scheme == "unix":
+        if UNDER.get(scheme, scheme) == "unix":
             return prepare(dial_unix(rest, timeout_s))
         return prepare(refuse_oneself(socket.create_connection(split_host(rest), timeout_s)))
     except (OSError, UnicodeError) as error:
@@ -236,8 +288,11 @@ def prepare(sock: socket.socket) -> socket.socket:
 def split(address: str) -> tuple[str, str]:
     """Scheme and rest of an address; raises AddressInvalid for an unknown scheme."""
     scheme, found, rest = address.partition("://")
-    if not found or scheme not in ("tcp", "unix", "memory") or not rest or "\0" in rest:
-        raise AddressInvalid(f"{address!r} is no address: use tcp://host:port, unix:///path or memory://name")
+    if not found or scheme not in ("tcp", "unix", "memory", *LINKS) or not rest or "\0" in rest:
+        raise AddressInvalid(
+            f"{address!r} is no address: use tcp://host:port, unix:///path or memory://name, "
+            "and between GPUs nccl://host:port or cuda-ipc:///path"
+        )
     return scheme, rest
 
 

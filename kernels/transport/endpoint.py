@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.transport.connect import HELLO_LIMITS, check_hello, connect, listen
+from kernels.transport.connect import accepted, connect, listen, welcome
 from kernels.transport.errors import (
     ChannelClosed,
     ChannelError,
@@ -178,7 +178,7 @@ class Endpoint:
     def _accept(self) -> None:
         try:
             while (sock := self._listener.accept()) is not None:
-                self._adopt(StreamChannel(sock, HELLO_LIMITS))
+                self._adopt(accepted(sock, self.address))
         except OSError as error:  # most likely no descriptor is free: let them wait until the next sweep
             logger.warning("%s: cannot accept peers for the moment: %s", self.name, error)
             self._selector.unregister(self._listener)
@@ -187,7 +187,11 @@ class Endpoint:
 
     def _adopt(self, channel: StreamChannel) -> bool:
         """Take a channel on; False, and the channel released, where the endpoint is closing."""
-        channel.watch(functools.partial(self._on_blocked, channel))
+        try:
+            channel.watch(functools.partial(self._on_blocked, channel))
+        except ChannelError:  # its end came first
+            channel.close()
+            raise
         with self._gate:
             if not self._closing:
                 self._joining.append(channel)
@@ -206,8 +210,7 @@ class Endpoint:
         hello = channel.receive_ready()
         if hello is None:
             return False
-        channel.peer = check_hello(hello, self._secret)
-        channel.reader.limits = self._limits
+        welcome(channel, hello, self._secret, self._limits)
         return True
 
     # who sends

@@ -4,7 +4,10 @@ ChannelError
 ├── AddressInvalid     what was given is no address
 ├── ListenFailed       the address cannot be listened at
 ├── ConnectFailed      nobody answers at the address
+├── DeviceUnavailable  the address is for GPUs, and this process has none, or no library to use it
 ├── ChannelClosed      the peer went away between two frames
+│   ├── DeviceLinkFailed      the GPUs were not joined in time
+│   └── DeviceTransferFailed  bytes between the GPUs did not arrive in time, or the link reported an error
 ├── ChannelTimeout     nothing, or not all, came in time
 ├── ChannelStalled     the peer does not read: too much waits to be sent
 └── FrameError         the bytes are not what the protocol allows; the channel is closed
@@ -20,7 +23,7 @@ class ChannelError(ConnectionError):
 
 
 class AddressInvalid(ChannelError):
-    """The text is no address: write tcp://host:port, unix:///path or memory://name."""
+    """The text is no address: write scheme://rest, with a scheme that the transport knows."""
 
 
 class ListenFailed(ChannelError):
@@ -31,8 +34,20 @@ class ConnectFailed(ChannelError):
     """Nobody answers at the address: check that the peer runs and that the address is its newest."""
 
 
+class DeviceUnavailable(ChannelError):
+    """The address is for GPUs: run on a host with one and install the extra `gpu`, or use another address."""
+
+
 class ChannelClosed(ChannelError):
     """The channel ended between two frames: connect again; a peer that refused our hello closes too."""
+
+
+class DeviceLinkFailed(ChannelClosed):
+    """The GPUs of both ends were not joined; the channel is closed: connect again."""
+
+
+class DeviceTransferFailed(ChannelClosed):
+    """Bytes between the GPUs did not arrive; the channel is closed: connecting again joins the GPUs anew."""
 
 
 class ChannelTimeout(ChannelError):

@@ -15,12 +15,16 @@ import msgpack
 from kernels.transport.errors import FrameMalformed, FrameTooLarge
 
 MAGIC = b"TRV1"
+HELLO = "hello"
+"""Kind of the first frame of who connects."""
 PREFIX = struct.Struct("<4sIQ")
 KIND_CHARACTERS_MAX = 64
 PARTS_COUNT_MAX = 4096
 
 Body = Any
-Buffers = Sequence[memoryview]
+Part = Any
+"""A view of bytes; on a device channel also a contiguous tensor in the memory of its GPU."""
+Buffers = Sequence[Part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class Header:
     kind: str
     body: Body
     part_sizes: tuple[int, ...]
+    on_device: tuple[bool, ...] = ()
+    """Which parts come from the memory of a GPU; empty where none does."""
 
     @property
     def payload_bytes(self) -> int:
@@ -51,12 +57,15 @@ class Frame:
 
     kind: str
     body: Body
-    parts: list[memoryview]
+    parts: list[Part]
     refused: bool = False
 
 
 ChooseBuffers = Callable[[Header], Buffers | None]
-"""Names the memory that a payload goes to, as views adding up to its size; None has it read and dropped."""
+"""Names the memory that a payload goes to, adding up to its size; None has it dropped.
+
+Parts on a device go to tensors on the device, the others to views, each kind in its order.
+"""
 
 
 def encode(kind: str, body: Body, parts: Sequence[memoryview]) -> bytes:

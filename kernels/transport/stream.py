@@ -40,6 +40,7 @@ class StreamReader:
     def __init__(self, sock: socket.socket, limits: FrameLimits):
         self.limits = limits
         self.progress_s = time.monotonic()
+        self.header_bytes = 0  # of the newest frame
         self._sock = sock
         self._prefix = memoryview(bytearray(PREFIX.size))
         self._waiting: deque[memoryview] = deque()
@@ -51,8 +52,8 @@ class StreamReader:
             if self._header is not None:
                 return self._finish(self._header)
             if self._head is None:
-                header_bytes, self._payload_bytes = decode_prefix(self._prefix, self.limits)
-                self._head = memoryview(bytearray(header_bytes))
+                self.header_bytes, self._payload_bytes = decode_prefix(self._prefix, self.limits)
+                self._head = memoryview(bytearray(self.header_bytes))
                 self._waiting.append(self._head)
             else:
                 header = decode_header(self._head, self._payload_bytes)
@@ -182,7 +183,7 @@ class StreamChannel:
         """The next frame if it is here whole, else None; never waits; raises ChannelClosed, FrameError."""
         self._hold()
         try:
-            return self.reader.read(choose_buffers)
+            return self._next_frame(choose_buffers)
         except Exception as error:  # whatever it is, the place in the stream is lost
             if self._end():
                 raise
@@ -232,7 +233,13 @@ class StreamChannel:
             self._end_locked()
             self._closed = True
             if self._users_count == 0:
-                self._sock.close()
+                self._close_descriptors()
+
+    def _next_frame(self, choose_buffers: ChooseBuffers | None) -> Frame | None:
+        return self.reader.read(choose_buffers)
+
+    def _close_descriptors(self) -> None:
+        self._sock.close()
 
     def _hold(self) -> None:
         with self._lock:
@@ -244,7 +251,7 @@ class StreamChannel:
         with self._lock:
             self._users_count -= 1
             if self._closed and self._users_count == 0:
-                self._sock.close()
+                self._close_descriptors()
 
     def _end(self) -> bool:
         with self._lock:
@@ -298,7 +305,7 @@ class StreamChannel:
         self._hold()
         try:
             poller = select.poll()
-            poller.register(self._sock, event)
+            poller.register(self, event)
             return bool(poller.poll(left_s * 1000))
         finally:
             self._let_go()

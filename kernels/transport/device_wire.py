@@ -1,0 +1,330 @@
+"""What is under a device channel: a stream socket, a link of two GPUs, and the words of both ends about them.
+
+Whoever reads takes in all there is: answers to transfers are heard at once, and frames are set aside for the
+owner, since a word stands behind the peer's frames and must not wait until the owner wants those.
+
+Two threads for each: the mover joins the link, then posts and polls transfers while there are any; the
+watchdog ends the channel when one takes too long or the link reports an error, and aborts the link then.
+"""
+
+import contextlib
+import enum
+import logging
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kernels.transport.device_link import DeviceLink
+from kernels.transport.device_parts import unwrap
+from kernels.transport.doorbell import Doorbell
+from kernels.transport.errors import (
+    ChannelClosed,
+    ChannelError,
+    DeviceLinkFailed,
+    DeviceTransferFailed,
+    FrameMalformed,
+    FrameTruncated,
+    HelloRefused,
+)
+from kernels.transport.frame import HELLO, PARTS_COUNT_MAX, Frame, FrameLimits, Header
+from kernels.transport.stream import StreamChannel
+from kernels.transport.transfers import Transfers
+
+logger = logging.getLogger(__name__)
+
+OWN = ""  # kind of the frames that the two ends of a channel say to each other, and no owner sees
+TRANSFER_TIMEOUT_S = 20.0
+OPEN_TIMEOUT_S = 60.0
+WATCH_S = 0.25
+GRACE_S = 1.0  # for a transfer whose peer has closed: it may be over, and only its end not seen yet
+QUIET_WAIT_S = 10.0
+POLL_MIN_S, POLL_MAX_S = 0.0001, 0.002
+ASIDE_BYTES_MAX = 64 << 20
+
+
+class Word(enum.StrEnum):
+    """What the two ends of a channel say to each other."""
+
+    WELCOME = "welcome"
+    TAKEN = "taken"
+    REFUSED = "refused"
+    LINK = "link"
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A frame that has been read and that its owner has not asked for; `parts` are those of the socket."""
+
+    header: Header
+    parts: list[memoryview]
+    size_bytes: int
+
+
+class DeviceWire(StreamChannel):
+    """A stream channel that can move transfers between two GPUs, and knows how either may end."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        link: DeviceLink,
+        limits: FrameLimits | None = None,
+        pending_bytes_max: int = 1 << 30,
+    ):
+        self.timeout_s = TRANSFER_TIMEOUT_S
+        self.open_timeout_s = OPEN_TIMEOUT_S
+        self._link = link
+        self._answer: Any = None
+        self._greeted = False  # before that, all that comes is a stranger's hello
+        self._welcomed = threading.Event()
+        self._transfers = Transfers(link)
+        self._reading = threading.Lock()
+        self._aside: deque[Aside] = deque()
+        self._aside_bytes = 0
+        self._ending: ChannelError | None = None  # the peer's end, once all it said has been read
+        self._ending_s = 0.0
+        self._unanswered = False  # whether anything announced will never be answered
+        self._failure: ChannelError | None = None
+        self._stirred, self._over, self._quiet = threading.Event(), threading.Event(), threading.Event()
+        self._quiet.set()
+        self._threads: list[threading.Thread] = []
+        super().__init__(sock, limits, pending_bytes_max)
+        self._bell = Doorbell(sock)
+
+    def greet(self, hello: dict) -> None:
+        """Say hello to who accepts us, and what the GPUs need to join; raises ChannelClosed."""
+        super().send(HELLO, {**hello, "device": self._link.offer()})
+        self._join()
+
+    def welcome(self, hello: dict) -> None:
+        """Join the GPU of a peer whose hello was good; raises HelloRefused where it offers none of use."""
+        offer = hello.get("device")
+        if not isinstance(offer, dict):
+            raise HelloRefused("the peer says nothing of its GPU; connect with the scheme of this address")
+        answer = self._link.answer(offer)
+        self._say(Word.WELCOME, answer)
+        self._welcomed.set()
+        self._join()
+
+    def _join(self) -> None:
+        self._greeted = True
+        self._quiet.clear()
+        for name, run in (("mover", self._move), ("watchdog", self._guard)):
+            thread = threading.Thread(target=run, name=f"device-channel-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def fileno(self) -> int:
+        """Descriptor to wait on; -1 once closed."""
+        return self._bell.fileno()
+
+    def close(self) -> None:
+        """End the channel, and wait for GPUs to let go of the memory of transfers under way."""
+        super().close()
+        with self._reading:
+            pass  # whoever reads has let go of the descriptors
+        if not self._threads:
+            self._link.abort()
+        elif self._transfers.moving and threading.current_thread() not in self._threads:
+            self._quiet.wait(QUIET_WAIT_S)
+
+    def _check_open(self) -> None:
+        if self._failure is not None:  # for who sends it is an end, whatever the peer has done wrong
+            kind = type(self._failure) if isinstance(self._failure, ChannelClosed) else ChannelClosed
+            raise kind(*self._failure.args)
+        super()._check_open()
+
+    def _hold(self) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(*self._failure.args)
+        super()._hold()
+
+    def _wait(self, event: int, end_s: float) -> bool:
+        if event & select.POLLIN:
+            return super()._wait(event, end_s)
+        left_s = end_s - time.monotonic()  # the mover reads meanwhile, and nothing rings for who only sends
+        time.sleep(max(min(POLL_MIN_S, left_s), 0))
+        return left_s > 0
+
+    def _close_descriptors(self) -> None:
+        self._bell.close()
+        super()._close_descriptors()
+
+    def _end_locked(self) -> bool:
+        if not super()._end_locked():
+            return False
+        self._over.set()
+        self._stirred.set()
+        self._bell.ring()
+        return True
+
+    def _take_in(self) -> bool:
+        """Read all that is here: answers are heard, frames set aside; True where there was anything."""
+        with self._reading:
+            try:
+                self._hold()
+            except ChannelError:
+                return False  # nothing is read any more
+            try:
+                return self._read_all()
+            finally:
+                self._let_go()
+
+    def _read_all(self) -> bool:
+        found = False
+        while self._reads:
+            try:
+                frame = self.reader.read(None)
+                if frame is None:
+                    return found
+                found = True
+                self._sort(frame)
+            except ChannelError as error:
+                self._note_ending(error)
+        return found
+
+    @property
+    def _reads(self) -> bool:
+        """Whether anything more is read: no stranger's frames, none after the last, and not without limit."""
+        return self._greeted and self._ending is None and self._aside_bytes <= ASIDE_BYTES_MAX
+
+    def _sort(self, frame: Frame) -> None:
+        if frame.kind == OWN:
+            self._hear(frame.body)
+            return
+        header = unwrap(frame, self.reader.limits)
+        size_bytes = self.reader.header_bytes + sum(part.nbytes for part in frame.parts)
+        self._aside_bytes += size_bytes
+        self._aside.append(Aside(header, frame.parts, size_bytes))
+
+    def _hear(self, said: Any) -> None:
+        """Take a word of the peer's end of this channel; raises FrameMalformed."""
+        try:
+            match said:
+                case [Word.WELCOME, dict() as answer] if not self._welcomed.is_set():
+                    self._answer = answer
+                    self._welcomed.set()
+                case [Word.TAKEN, [*sizes]] if is_sizes(sizes):
+                    self._transfers.taken(sizes)
+                case [Word.REFUSED, None]:
+                    self._transfers.refused()
+                case [Word.LINK, told]:
+                    self._link.hear(told)
+                case _:
+                    raise ValueError("no word of a device channel")
+        except ValueError as error:
+            raise FrameMalformed(f"the peer's end of the channel errs: {error}") from error
+
+    def _note_ending(self, error: ChannelError) -> None:
+        self._ending, self._ending_s = error, time.monotonic()
+        self._unanswered |= self._transfers.drop_unanswered() > 0
+
+    def _say(self, word: Word, value: Any) -> None:
+        """Say something to the peer's end of this channel; one that has gone cannot hear it any more."""
+        with contextlib.suppress(ChannelError):
+            super().send(OWN, [word, value])
+        self._mind()
+
+    def _turn(self) -> bool:
+        """Read what is here and take a turn at the transfers; who waits for a frame looks again after it."""
+        found = self._take_in()
+        if not self._act() and not found:
+            return False
+        self._bell.ring()
+        return True
+
+    def _mind(self) -> None:
+        """Wait for the socket only where something would come of it."""
+        self._bell.watch(self._reads, super().has_pending)
+
+    def _act(self) -> bool:
+        """Take a turn at the transfers; True where one is over, or the channel."""
+        try:
+            return not self._ended and self._transfers.act()
+        except ChannelError as error:
+            self._fail(error)
+            return True
+
+    def _move(self) -> None:
+        """The mover: joins the link, then takes part in reading, posting and polling while anything moves."""
+        try:
+            if not self._open():
+                return
+            while not self._ended:
+                if not self._transfers.moving:
+                    self._stirred.wait()
+                    self._stirred.clear()
+                    continue
+                if not self._turn():
+                    self._pause()
+                self._mind()
+        except ChannelError as error:
+            self._take_in()
+            if self._ending is None:  # else the peer has gone, which is what its owner is to hear
+                self._fail(error)
+            self._bell.ring()
+        except Exception as error:
+            logger.exception("the mover of the channel to %s failed", self.peer or "a peer")
+            self._fail(DeviceTransferFailed(f"{type(error).__name__} while transfers were moved"))
+
+    def _open(self) -> bool:
+        """Join the link once the peer has welcomed us; False where it turned us away."""
+        while not self._welcomed.is_set():
+            if self._ending is not None or self._ended:
+                self._bell.ring()
+                return False
+            if not self._take_in():
+                self._over.wait(POLL_MAX_S)
+        self._transfers.open(self._answer, lambda told: self._say(Word.LINK, told))
+        self._bell.ring()
+        return True
+
+    def _pause(self) -> None:
+        """Until it is worth looking again: soon where a transfer has only just begun."""
+        age_s = self._transfers.age_s(time.monotonic())
+        if age_s is None:
+            self._over.wait(POLL_MAX_S)
+        else:
+            time.sleep(min(max(age_s / 4, POLL_MIN_S), POLL_MAX_S))
+
+    def _guard(self) -> None:
+        """The watchdog: judges while the channel lives, and aborts the link when it has ended."""
+        begin_s = time.monotonic()
+        while not self._over.wait(WATCH_S):
+            try:
+                self._judge(time.monotonic(), begin_s)
+            except ChannelError as error:
+                self._fail(error)
+        if self._transfers.abort():
+            self._quiet.set()
+        else:
+            logger.error("the link to %s could not be aborted; its memory stays taken", self.peer or "a peer")
+
+    def _judge(self, now_s: float, begin_s: float) -> None:
+        """Raises the error that the channel is to end with, if it is to end."""
+        if self._ending is not None and now_s - self._ending_s > GRACE_S:
+            if self._transfers.receiving:
+                raise FrameTruncated("the peer went away inside a frame")
+            if self._transfers.sending:
+                raise ChannelClosed("the peer went away inside a transfer")
+        if not self._transfers.opened and now_s - begin_s > self.open_timeout_s:
+            raise DeviceLinkFailed(f"the GPUs were not joined within {self.open_timeout_s} s")
+        self._transfers.judge(now_s, self.timeout_s)
+
+    def _fail(self, error: ChannelError) -> None:
+        """End the channel with an error that every later use of it names; the first one counts."""
+        with self._lock:
+            if self._ended:
+                return
+            self._failure = error
+        logger.warning("the channel to %s failed: %s: %s", self.peer or "a peer", type(error).__name__, error)
+        self._end()
+
+
+def is_sizes(sizes: Sequence[Any]) -> bool:
+    """Whether what a peer says is a list of counts of bytes."""
+    return len(sizes) <= PARTS_COUNT_MAX and all(type(size) is int and size > 0 for size in sizes)
