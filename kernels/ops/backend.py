@@ -19,7 +19,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
     triton.knobs.language.default_fp_fusion = True  # a product and its sum round once, whatever the version
 else:
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=lambda number: number)
     IS_INTERPRETED = False
 

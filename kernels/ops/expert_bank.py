@@ -1,19 +1,24 @@
-"""The experts of one layer side by side in memory, and their SwiGLU on a GPU: `down(silu(gate(x)) * up(x))`.
+"""The experts of one layer, wherever they are in memory, and their SwiGLU: `down(silu(gate(x)) * up(x))`.
 
 Which tokens go where is data on the device, so that a step never waits for it: either slots sorted by expert
 or a buffer of fixed size for each expert. FP8 weights multiply FP8 numbers: tokens, and what lies between the
 two products, are rounded to it, each 128 numbers of a row with a scale of their own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch.nn import functional
 
 from kernels.ops.backend import runs_kernel
-from kernels.ops.expert_bank_kernel import experts_contiguous_kernel, experts_masked_kernel
+from kernels.ops.expert_bank_kernel import (
+    WeightTable,
+    addresses_of,
+    experts_contiguous_kernel,
+    experts_masked_kernel,
+)
 from kernels.ops.quantize import (
     ROW_BLOCK,
     dequantize_blocks,
@@ -28,55 +33,57 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True, slots=True)
 class ExpertBank:
-    """`gate_up [experts, 2 * intermediate, hidden]`, gate first, and `down [experts, hidden, intermediate]`.
+    """Each expert's `gate_up [2 * intermediate, hidden]`, gate first, and `down [hidden, intermediate]`.
 
     FP8 weights have a float32 scale for each block of 128 x 128, gate's blocks before those of up:
-    `gate_up_scales [experts, 2 * ceil(intermediate / 128), ceil(hidden / 128)]` and
-    `down_scales [experts, ceil(hidden / 128), ceil(intermediate / 128)]`. Raises ValueError for other shapes.
+    `gate_up_scales [2 * ceil(intermediate / 128), ceil(hidden / 128)]` and
+    `down_scales [ceil(hidden / 128), ceil(intermediate / 128)]`. Experts may be tensors of their own or the
+    parts of one. Raises ValueError for other shapes.
     """
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    gate_up_scales: torch.Tensor | None = None
-    down_scales: torch.Tensor | None = None
+    gate_up: Sequence[torch.Tensor]
+    down: Sequence[torch.Tensor]
+    gate_up_scales: Sequence[torch.Tensor] | None = None
+    down_scales: Sequence[torch.Tensor] | None = None
+    table: WeightTable = field(init=False)
+    """The same for kernels."""
 
     def __post_init__(self):
-        experts_count, hidden, intermediate = self.down.shape
-        _check("gate_up", self.gate_up, self.down.dtype, (experts_count, 2 * intermediate, hidden))
-        _check("down", self.down, self.down.dtype, (experts_count, hidden, intermediate))
-        if self.is_quantised:
-            rows, columns = scale_shape(intermediate, hidden, BLOCK)
-            _check("gate_up_scales", self.gate_up_scales, torch.float32, (experts_count, 2 * rows, columns))
-            _check("down_scales", self.down_scales, torch.float32, (experts_count, columns, rows))
+        dtype, (hidden, intermediate) = self.down[0].dtype, self.down[0].shape
+        rows, columns = scale_shape(intermediate, hidden, BLOCK)
+        self._check("gate_up", dtype, (2 * intermediate, hidden))
+        self._check("down", dtype, (hidden, intermediate))
+        if dtype == FP8:
+            self._check("gate_up_scales", torch.float32, (2 * rows, columns))
+            self._check("down_scales", torch.float32, (columns, rows))
         elif self.gate_up_scales is not None or self.down_scales is not None:
-            raise ValueError(f"weights are {self.down.dtype} and have scales: leave those out, or give FP8")
-
-    @classmethod
-    def stacked(
-        cls,
-        gate_ups: Sequence[torch.Tensor],
-        downs: Sequence[torch.Tensor],
-        gate_up_scales: Sequence[torch.Tensor] | None = None,
-        down_scales: Sequence[torch.Tensor] | None = None,
-    ) -> "ExpertBank":
-        """From plain weights of each expert, `[2 * intermediate, hidden]` and `[hidden, intermediate]`."""
-        parts = (gate_ups, downs, gate_up_scales, down_scales)
-        return cls(*(None if part is None else torch.stack(list(part)) for part in parts))
+            raise ValueError(f"weights are {dtype} and have scales: leave those out, or give FP8")
+        addresses = torch.tensor([addresses_of(parts) for parts in self.experts()])
+        table = WeightTable(addresses.to(self.down[0].device), hidden, intermediate, dtype)
+        object.__setattr__(self, "table", table)
 
     @property
     def is_quantised(self) -> bool:
         """Whether weights are FP8 with scales."""
-        return self.down.dtype == FP8
+        return self.table.is_quantised
+
+    def experts(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The tensors of each expert: two, or four with scales."""
+        parts = (self.gate_up, self.down, self.gate_up_scales, self.down_scales)
+        return zip(*(part for part in parts if part is not None), strict=True)
 
     def quantised(self) -> "ExpertBank":
         """The same experts in FP8."""
-        gates, ups = ([quantize_blocks(one, BLOCK) for one in half] for half in self.gate_up.chunk(2, dim=1))
-        downs = [quantize_blocks(one, BLOCK) for one in self.down]
-        pairs = [
-            [torch.cat(both) for both in zip(*halves, strict=True)] for halves in zip(gates, ups, strict=True)
-        ]
-        (gate_ups, gate_up_scales), (downs, down_scales) = zip(*pairs, strict=True), zip(*downs, strict=True)
-        return ExpertBank.stacked(gate_ups, downs, gate_up_scales, down_scales)
+        downs = [quantize_blocks(down, BLOCK) for down in self.down]
+        gate_ups = []
+        for gate_up in self.gate_up:
+            gate, up = (quantize_blocks(half, BLOCK) for half in gate_up.chunk(2))
+            gate_ups.append([torch.cat(both) for both in zip(gate, up, strict=True)])
+        (gate_ups, gate_up_scales), (downs, down_scales) = (
+            zip(*gate_ups, strict=True),
+            zip(*downs, strict=True),
+        )
+        return ExpertBank(gate_ups, downs, gate_up_scales, down_scales)
 
     def expert(self, index: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate, up and down of one expert in `dtype`, multiplied by their scales."""
@@ -85,6 +92,18 @@ class ExpertBank:
             return tuple(weight.to(dtype) for weight in weights)
         scales = (*self.gate_up_scales[index].chunk(2), self.down_scales[index])
         return tuple(dequantize_blocks(*pair, BLOCK, dtype) for pair in zip(weights, scales, strict=True))
+
+    def _check(self, name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        parts = getattr(self, name)
+        if parts is None or len(parts) != len(self.down):
+            there = "missing" if parts is None else f"there for {len(parts)} experts"
+            raise ValueError(f"{name} is {there}: give it for all {len(self.down)} experts")
+        for part in parts:
+            if part.dtype != dtype or part.shape != shape or not part.is_contiguous():
+                there = f"{part.dtype} {list(part.shape)}"
+                raise ValueError(f"{name} is {there}: give {dtype} {list(shape)}, contiguous")
+            if part.device != self.down[0].device:
+                raise ValueError(f"{name} is on {part.device}: give all of it on {self.down[0].device}")
 
 
 def experts_contiguous_reference(
@@ -105,12 +124,13 @@ def experts_contiguous(
     Expert e has the slots from `offsets[e]` to `offsets[e + 1]`, of `offsets [experts + 1]`; both are int32.
     Slots beyond the last offset are padding: they are not read, and mean nothing in the output.
     """
-    if hidden.dim() != 2 or hidden.shape[1] != bank.down.shape[1] or hidden.stride(1) != 1:
-        raise ValueError(f"hidden is {list(hidden.shape)}: give [tokens, {bank.down.shape[1]}], row by row")
+    size = bank.table.hidden_size
+    if hidden.dim() != 2 or hidden.shape[1] != size or hidden.stride(1) != 1:
+        raise ValueError(f"hidden is {list(hidden.shape)}: give [tokens, {size}], row by row")
     _check_index("rows", rows, rows.numel())
-    _check_index("offsets", offsets, len(bank.down) + 1)
+    _check_index("offsets", offsets, bank.table.experts_count + 1)
     if runs_kernel(hidden):
-        return experts_contiguous_kernel(hidden, rows, offsets, bank)
+        return experts_contiguous_kernel(hidden, rows, offsets, bank.table)
     return experts_contiguous_reference(hidden, rows, offsets, bank)
 
 
@@ -127,14 +147,14 @@ def experts_masked(hidden: torch.Tensor, counts: torch.Tensor, bank: ExpertBank)
 
     `counts [experts]` is int32 and at most the capacity. Other rows are neither read nor written.
     """
-    experts_count, size = bank.down.shape[:2]
+    experts_count, size = bank.table.experts_count, bank.table.hidden_size
     if hidden.dim() != 3 or hidden.shape[::2] != (experts_count, size) or not hidden.is_contiguous():
         raise ValueError(
             f"hidden is {list(hidden.shape)}: give [{experts_count}, capacity, {size}], contiguous"
         )
     _check_index("counts", counts, experts_count)
     if runs_kernel(hidden):
-        return experts_masked_kernel(hidden, counts, bank)
+        return experts_masked_kernel(hidden, counts, bank.table)
     return experts_masked_reference(hidden, counts, bank)
 
 
@@ -153,12 +173,6 @@ def _rounded_to_fp8(rows: torch.Tensor) -> torch.Tensor:
     return dequantize_blocks(
         *quantize_rows_reference(rows), ROW_BLOCK, torch.promote_types(rows.dtype, torch.float32)
     )
-
-
-def _check(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor is None or tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-        there = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ValueError(f"{name} is {there}: give {dtype} {list(shape)}, contiguous")
 
 
 def _check_index(name: str, tensor: torch.Tensor, count: int) -> None:

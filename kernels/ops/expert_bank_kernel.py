@@ -6,6 +6,7 @@ same size therefore never changes a row's bits. Company of another size may brin
 then this holds as far as tensor cores add alike on either side and in any width of an instruction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,40 @@ from kernels.ops.quantize_kernel import (
     quantize_rows_kernel,
 )
 
+EXPERTS_WIDTH_MIN = 32  # a warp has as many lanes: fewer would only be one more program to compile
 STEPS = {torch.float32: 64, torch.bfloat16: 64, torch.float8_e4m3fn: 128}  # by the weights' dtype
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTable:
+    """Where the weights of each expert are, as kernels read it: whoever makes it keeps them there.
+
+    `addresses [experts, 4]` int64, on the device: of gate and up, of down, and of the scales of either, or 0.
+    All experts have the same sizes and `dtype`, and their weights begin at multiples of 16 bytes.
+    """
+
+    addresses: torch.Tensor
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+
+    @property
+    def experts_count(self) -> int:
+        """How many experts it leads to."""
+        return len(self.addresses)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights are FP8 with scales."""
+        return self.dtype == torch.float8_e4m3fn
+
+
+def addresses_of(parts: Sequence[torch.Tensor]) -> list[int]:
+    """The row of a table for one expert: `gate_up`, `down`, and the scales of either if it has any."""
+    addresses = [part.data_ptr() for part in parts]
+    if any(address % 16 for address in addresses[:2]):
+        raise ValueError("an expert's weights begin between multiples of 16 bytes: give tensors of their own")
+    return [*addresses, 0, 0][:4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +95,25 @@ TILES = {
 }
 
 
-def experts_contiguous_kernel(hidden, rows, offsets, bank) -> torch.Tensor:
+def experts_contiguous_kernel(hidden, rows, offsets, table: WeightTable) -> torch.Tensor:
     """As `experts_contiguous`, in two launches, or three with FP8."""
     out, scales = hidden.new_empty(len(rows), hidden.shape[1]), None
-    if bank.gate_up_scales is not None:
+    if table.is_quantised:
         hidden, scales = quantize_rows_kernel(hidden)
-    tiles = tiles_for(bank.down.dtype, len(rows) / len(bank.down))
-    return _multiply(hidden, scales, rows, offsets, 0, bank, out, tiles)
+    tiles = tiles_for(table.dtype, len(rows) / table.experts_count)
+    return _multiply(hidden, scales, rows, offsets, 0, table, out, tiles)
 
 
-def experts_masked_kernel(hidden, counts, bank) -> torch.Tensor:
+def experts_masked_kernel(hidden, counts, table: WeightTable) -> torch.Tensor:
     """As `experts_masked`, in two launches, or three with FP8."""
     out = torch.empty_like(hidden)
     capacity, size = hidden.shape[1:]
     hidden, scales = hidden.view(-1, size), None
-    if bank.gate_up_scales is not None:
+    if table.is_quantised:
         hidden, scales = _quantize_counted(hidden, counts, capacity)
     # Buffers are far from full as a rule, and then reading weights is all there is.
-    tiles = tiles_for(bank.down.dtype, min(capacity, SOME))
-    _multiply(hidden, scales, None, counts, capacity, bank, out.view(-1, size), tiles)
+    tiles = tiles_for(table.dtype, min(capacity, SOME))
+    _multiply(hidden, scales, None, counts, capacity, table, out.view(-1, size), tiles)
     return out
 
 
@@ -95,9 +129,16 @@ def tiles_count_max(slots_count: int, experts_count: int, capacity: int, tokens:
     return (slots_count + min(slots_count, experts_count) * (tokens - 1)) // tokens
 
 
-def _multiply(hidden, hidden_scales, rows, bounds, capacity, bank, out, tiles: Tiles) -> torch.Tensor:
+def _multiply(
+    hidden, hidden_scales, rows, bounds, capacity, table: WeightTable, out, tiles: Tiles
+) -> torch.Tensor:
     """Launch both products; capacity is 0 where bounds are offsets of slots, not counts in fixed buffers."""
-    slots_count, (experts_count, size, intermediate) = len(out), bank.down.shape
+    if hidden.dtype != table.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype}, weights are {table.dtype}: give both in one type, or FP8"
+        )
+    slots_count, experts_count = len(out), table.experts_count
+    size, intermediate = table.hidden_size, table.intermediate_size
     inner_dtype = out.dtype if hidden_scales is None else torch.float8_e4m3fn
     inner = torch.empty(slots_count, intermediate, dtype=inner_dtype, device=out.device)
     inner_scales = None
@@ -109,22 +150,22 @@ def _multiply(hidden, hidden_scales, rows, bounds, capacity, bank, out, tiles: T
         tiles_count = tiles_count_max(slots_count, experts_count, capacity, tile.tokens)
         kernel[(tiles_count * triton.cdiv(columns_count, tile.columns),)](
             *tensors,
-            EXPERTS=experts_count,
-            EXPERTS_WIDTH=triton.next_power_of_2(experts_count),
+            experts_count=experts_count,
+            EXPERTS_WIDTH=max(triton.next_power_of_2(experts_count), EXPERTS_WIDTH_MIN),
             CAPACITY=capacity,
             HIDDEN=size,
             INTERMEDIATE=intermediate,
             TOKENS=tile.tokens,
             COLUMNS=tile.columns,
-            STEP=STEPS[bank.down.dtype],
+            STEP=STEPS[table.dtype],
             WEIGHTS_LEFT=tile.weights_left,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
 
-    wide = (hidden, hidden_scales, rows, bounds, bank.gate_up, bank.gate_up_scales, inner, inner_scales)
-    launch(gate_up_tile, tiles.gate_up, intermediate, *wide, hidden.stride(0))
-    launch(down_tile, tiles.down, size, inner, inner_scales, bounds, bank.down, bank.down_scales, out)
+    wide = (hidden, hidden_scales, rows, bounds, table.addresses, inner, inner_scales, hidden.stride(0))
+    launch(gate_up_tile, tiles.gate_up, intermediate, *wide)
+    launch(down_tile, tiles.down, size, inner, inner_scales, bounds, table.addresses, out)
     return out
 
 

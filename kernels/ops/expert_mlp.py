@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -9,7 +10,10 @@ from torch.nn import functional
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
+from kernels.ops.expert_bank import ExpertBank
+from kernels.ops.expert_bank_kernel import WeightTable, addresses_of, experts_contiguous_kernel
 from kernels.ops.linear import rows_missing
+from kernels.ops.linear_fp8 import Fp8Weight
 from kernels.ops.projection import Weight, is_fp8, joined, prepared, project
 
 SMALL_NUMBERS_MAX = 1 << 16  # a quarter of a MiB, which stays in a core's own cache
@@ -36,14 +40,31 @@ class GatedWeights:
         """From both weights row after row in memory, as they multiply fastest."""
         if is_fp8(gate_up) or is_fp8(down):
             return cls(prepared(gate_up), prepared(down))
+        if runs_kernel(down):
+            return cls(gate_up, down)
         if 3 * down.numel() <= SMALL_NUMBERS_MAX and runs_compiled(down):
             return cls(column_by_column(gate_up), column_by_column(down))
         return cls(prepared(gate_up), prepared(down))
 
-    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both weights as `of` takes them, row after row in memory, with the bits of the checkpoint."""
+    def plain(self) -> tuple[torch.Tensor, ...]:
+        """Both weights row after row in memory, with the bits of the checkpoint, then their scales if any."""
+        if is_fp8(self.down):
+            return self.gate_up.weight, self.down.weight, self.gate_up.scales, self.down.scales
         both = (self.gate_up, self.down)
         return tuple(part.to_dense() if part.is_mkldnn else part.contiguous() for part in both)
+
+    @classmethod
+    def of_plain(cls, parts: Sequence[torch.Tensor]) -> "GatedWeights":
+        """From what `plain` gives, on the device that is to multiply by it."""
+        gate_up, down, *scales = parts
+        if not scales:
+            return cls.of(gate_up, down)
+        return cls(Fp8Weight(gate_up, scales[0]), Fp8Weight(down, scales[1]))
+
+    @property
+    def are_in_rows(self) -> bool:
+        """Whether they are kept as kernels read them."""
+        return is_fp8(self.down) or not (self.down.is_mkldnn or self.are_small)
 
     @property
     def are_small(self) -> bool:
@@ -83,6 +104,9 @@ def expert_mlp(
 
     The first `counts[0]` slots go through `experts[0]`, the next `counts[1]` through `experts[1]`, and so on.
     """
+    if runs_kernel(hidden) and experts[0].are_in_rows:
+        offsets, table = told(hidden.device, experts, counts)
+        return experts_contiguous_kernel(hidden, rows.to(torch.int32), offsets, table)
     if experts[0].are_small:
         return _gated_slots(hidden, rows, experts, counts)
     sizes = [
@@ -94,6 +118,38 @@ def expert_mlp(
         [gated_mlp(some, weights) for some, weights in zip(slots.split(sizes), experts, strict=True)]
     )
     return without_repeats(out, counts, sizes) if padded else out
+
+
+def bank_of(experts: Sequence[GatedWeights]) -> ExpertBank:
+    """Experts of one format as a bank, in the memory where they are if they are kept in rows."""
+    return ExpertBank(*zip(*(weights.plain() for weights in experts), strict=True))
+
+
+def told(
+    device: torch.device, experts: Sequence[GatedWeights], counts: Sequence[int]
+) -> tuple[torch.Tensor, WeightTable]:
+    """Where each expert's slots begin, `[experts + 1]` int32, and where its weights are, in one copy.
+
+    Nobody waits for that: experts must be kept until what reads the table is over. Raises ValueError for
+    experts of different formats.
+    """
+    each = [weights.plain() for weights in experts]
+    formats = {tuple((part.shape, part.dtype) for part in parts) for parts in each}
+    if len(formats) > 1 or not all(weights.are_in_rows for weights in experts):
+        raise ValueError("experts of one call differ in format or size: load all of a model in the same way")
+    addresses = [address for parts in each for address in addresses_of(parts)]
+    offsets = [0, *accumulate(counts)]
+    numbers_count = len(addresses) + (len(offsets) + 1) // 2  # two offsets in the room of an address
+    numbers = torch.empty(numbers_count, dtype=torch.int64, pin_memory=device.type == "cuda")
+    numbers.numpy()[: len(addresses)] = addresses
+    numbers.numpy()[len(addresses) :].view(np.int32)[: len(offsets)] = offsets
+    there = numbers.to(device, non_blocking=True)
+    (_, hidden_size), (_, intermediate_size) = each[0][0].shape, each[0][1].shape
+    table = there[: len(addresses)].view(len(experts), -1)
+    return (
+        there[len(addresses) :].view(torch.int32)[: len(offsets)],
+        WeightTable(table, hidden_size, intermediate_size, each[0][1].dtype),
+    )
 
 
 def with_repeats(rows: torch.Tensor, counts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:

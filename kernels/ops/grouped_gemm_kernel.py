@@ -2,7 +2,8 @@
 
 One program multiplies some tokens of one expert by some rows of its weights (the output's columns), in steps
 along the rows. Few tokens stand on the right of the product: a tensor core's left side has 64 rows at least,
-which weights always fill.
+which weights always fill. Each expert's weights are found by their address, so that experts may come and go
+without moving others.
 
 With FP8, a step is a block of 128 numbers, with one scale for each token and one for the weights' block: the
 sum of a step is scaled and added in float32 outside of the tensor core, which would add with fewer bits.
@@ -14,20 +15,20 @@ from kernels.ops.quantize_kernel import quantize_tile
 
 SCALED = tl.constexpr(128)  # numbers that share a scale
 TILES_TOGETHER = tl.constexpr(16)  # of tokens, which read the same weights while those are in the cache
+ADDRESSES = tl.constexpr(4)  # of an expert: gate and up, down, and the scales of either
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts_count"])
 def gate_up_tile(
     hidden,
     hidden_scales,
     rows,
     bounds,
-    weights,
-    weight_scales,
+    addresses,
     out,
     out_scales,
     hidden_stride,
-    EXPERTS: tl.constexpr,
+    experts_count,
     EXPERTS_WIDTH: tl.constexpr,
     CAPACITY: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -41,9 +42,9 @@ def gate_up_tile(
     blocks: tl.constexpr = (INTERMEDIATE + SCALED - 1) // SCALED
     steps: tl.constexpr = (HIDDEN + STEP - 1) // STEP
     expert, begin, places, there, block = _find_tile(
-        bounds, EXPERTS, EXPERTS_WIDTH, CAPACITY, TOKENS, (INTERMEDIATE + COLUMNS - 1) // COLUMNS
+        bounds, experts_count, EXPERTS_WIDTH, CAPACITY, TOKENS, (INTERMEDIATE + COLUMNS - 1) // COLUMNS
     )
-    if expert == EXPERTS:
+    if expert == experts_count:
         return
     slots = begin + places
     tokens = slots
@@ -51,16 +52,17 @@ def gate_up_tile(
         tokens = tl.load(rows + slots, mask=there, other=0).to(tl.int64)
     along = tl.arange(0, STEP)
     token_pointers = hidden + tokens[:, None] * hidden_stride + along[None, :]
-    weights += expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + block * COLUMNS * HIDDEN
+    weights = _weights_at(addresses + expert * ADDRESSES, hidden) + block * COLUMNS * HIDDEN
     offsets = _weight_offsets(block, along, INTERMEDIATE, COLUMNS, HIDDEN)
 
     shape: tl.constexpr = [COLUMNS, TOKENS] if WEIGHTS_LEFT else [TOKENS, COLUMNS]
     gate = tl.zeros(shape, tl.float32)
     up = tl.zeros(shape, tl.float32)
-    is_scaled: tl.constexpr = weight_scales is not None
+    is_scaled: tl.constexpr = hidden_scales is not None
     if is_scaled:
         token_scales = hidden_scales + tokens * steps
-        gate_scales = weight_scales + (expert * (2 * blocks) + block * COLUMNS // SCALED) * steps
+        gate_scales = tl.load(addresses + expert * ADDRESSES + 2).to(hidden_scales.dtype)
+        gate_scales += block * COLUMNS // SCALED * steps
         token_next = tl.load(token_scales, mask=there, other=0.0)
         gate_next = tl.load(gate_scales)
         up_next = tl.load(gate_scales + blocks * steps)
@@ -84,15 +86,14 @@ def gate_up_tile(
     _store(out, out_scales, product, slots, there, block, INTERMEDIATE, COLUMNS, WEIGHTS_LEFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts_count"])
 def down_tile(
     inner,
     inner_scales,
     bounds,
-    weights,
-    weight_scales,
+    addresses,
     out,
-    EXPERTS: tl.constexpr,
+    experts_count,
     EXPERTS_WIDTH: tl.constexpr,
     CAPACITY: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -103,24 +104,24 @@ def down_tile(
     WEIGHTS_LEFT: tl.constexpr,
 ):
     """One tile of `out [slots, hidden]`, from `inner [slots, intermediate]`, whose slots are the same."""
-    blocks: tl.constexpr = (HIDDEN + SCALED - 1) // SCALED
     steps: tl.constexpr = (INTERMEDIATE + STEP - 1) // STEP
     expert, begin, places, there, block = _find_tile(
-        bounds, EXPERTS, EXPERTS_WIDTH, CAPACITY, TOKENS, (HIDDEN + COLUMNS - 1) // COLUMNS
+        bounds, experts_count, EXPERTS_WIDTH, CAPACITY, TOKENS, (HIDDEN + COLUMNS - 1) // COLUMNS
     )
-    if expert == EXPERTS:
+    if expert == experts_count:
         return
     slots = begin + places
     along = tl.arange(0, STEP)
     token_pointers = inner + slots[:, None] * INTERMEDIATE + along[None, :]
-    weights += expert.to(tl.int64) * (HIDDEN * INTERMEDIATE) + block * COLUMNS * INTERMEDIATE
+    weights = _weights_at(addresses + expert * ADDRESSES + 1, inner) + block * COLUMNS * INTERMEDIATE
     offsets = _weight_offsets(block, along, HIDDEN, COLUMNS, INTERMEDIATE)
 
     total = tl.zeros([COLUMNS, TOKENS] if WEIGHTS_LEFT else [TOKENS, COLUMNS], tl.float32)
-    is_scaled: tl.constexpr = weight_scales is not None
+    is_scaled: tl.constexpr = inner_scales is not None
     if is_scaled:
         token_scales = inner_scales + slots * steps
-        scales = weight_scales + (expert * blocks + block * COLUMNS // SCALED) * steps
+        scales = tl.load(addresses + expert * ADDRESSES + 3).to(inner_scales.dtype)
+        scales += block * COLUMNS // SCALED * steps
         token_next = tl.load(token_scales, mask=there, other=0.0)
         weight_next = tl.load(scales)
     for step in range(steps):
@@ -138,20 +139,28 @@ def down_tile(
 
 
 @triton.jit
+def _weights_at(address, like):
+    """What an address in memory leads to, as a pointer to such numbers as `like` leads to."""
+    # Said where the pointer is made: a hint to what a function returns is lost when that is inlined, and
+    # Triton 3.6 forgets one to the address. Without it numbers would be loaded one by one.
+    return tl.multiple_of(tl.load(address).to(like.dtype), 16)
+
+
+@triton.jit
 def _find_tile(
     bounds,
-    EXPERTS: tl.constexpr,
+    experts_count,
     WIDTH: tl.constexpr,
     CAPACITY: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """What this program is for: expert, its first slot, places of tokens after that, which of them are there,
-    block of columns. Programs are sorted by expert; for those beyond the last tile, expert is EXPERTS.
+    block of columns. Programs are sorted by expert; for those beyond the last tile, expert is experts_count.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, WIDTH)
-    inside = experts < EXPERTS
+    inside = experts < experts_count
     counts = tl.load(bounds + experts + (0 if CAPACITY else 1), mask=inside, other=0)
     if not CAPACITY:
         counts -= tl.load(bounds + experts, mask=inside, other=0)
@@ -163,7 +172,7 @@ def _find_tile(
     if CAPACITY:
         begin = expert.to(tl.int64) * CAPACITY
     else:
-        begin = tl.load(bounds + tl.minimum(expert, EXPERTS - 1)).to(tl.int64)
+        begin = tl.load(bounds + tl.minimum(expert, experts_count - 1)).to(tl.int64)
     # Tiles of tokens go fastest, some together, then blocks of columns: so weights are read once.
     first = program // (TILES_TOGETHER * BLOCKS) * TILES_TOGETHER
     together = tl.minimum((count + TOKENS - 1) // TOKENS - first, TILES_TOGETHER)

@@ -52,16 +52,17 @@ def drawn_hidden(kind: str, *shape: int) -> torch.Tensor:
 
 def moved(bank: ExpertBank, device: torch.device) -> ExpertBank:
     """The same bank elsewhere."""
-    parts = (bank.gate_up, bank.down, bank.gate_up_scales, bank.down_scales)
-    return ExpertBank(*(None if part is None else part.to(device) for part in parts))
+    return ExpertBank(*zip(*([part.to(device) for part in parts] for parts in bank.experts()), strict=True))
 
 
 def without_experts(bank: ExpertBank, lost: list[int]) -> ExpertBank:
     """The same bank, where some experts are NaN."""
-    changed = replace(bank, gate_up=bank.gate_up.clone(), down=bank.down.clone())
+    changed = replace(
+        bank, gate_up=[one.clone() for one in bank.gate_up], down=[one.clone() for one in bank.down]
+    )
     for expert in lost:
-        for weight in (changed.gate_up, changed.down):
-            weight[expert] = torch.full(weight.shape[1:], NAN).to(weight.dtype)
+        for weight in (changed.gate_up[expert], changed.down[expert]):
+            weight.copy_(torch.full(weight.shape, NAN).to(weight.dtype))
     return changed
 
 
@@ -123,7 +124,7 @@ def test_sorted_slots_are_those_of_the_reference_and_nothing_else_is_read(kind, 
     rows = torch.cat([torch.randint(7, (slots_count,)), torch.full((padding_count,), 2**30)]).to(torch.int32)
     idle = without_experts(bank, [expert for expert, count in enumerate(counts) if not count])
     result = experts_contiguous_kernel(
-        wide.to(device)[:, :HIDDEN], rows.to(device), offsets_of(counts).to(device), moved(idle, device)
+        wide.to(device)[:, :HIDDEN], rows.to(device), offsets_of(counts).to(device), moved(idle, device).table
     )
     assert result.dtype == hidden.dtype and len(result) == slots_count + padding_count
     expected = experts_contiguous_reference(hidden.double(), rows, offsets_of(counts), bank)
@@ -136,16 +137,19 @@ def test_an_expert_may_have_more_tiles_than_go_together(device):
     bank, hidden = drawn_bank("float32", 3, 72, 72), torch.randn(9, 72)
     rows, offsets = torch.randint(9, (sum(counts),), dtype=torch.int32), offsets_of(counts)
     result = experts_contiguous_kernel(
-        *(part.to(device) for part in (hidden, rows, offsets)), moved(bank, device)
+        *(part.to(device) for part in (hidden, rows, offsets)), moved(bank, device).table
     )
     expected = experts_contiguous_reference(hidden.double(), rows, offsets, bank)
     assert_close(result, expected, KERNEL_TOLERANCE["float32"])
 
 
 def test_a_batch_without_slots_is_empty(device):
-    bank, none = moved(drawn_bank("float32", 3), device), torch.zeros(0, dtype=torch.int32, device=device)
+    table, none = (
+        moved(drawn_bank("float32", 3), device).table,
+        torch.zeros(0, dtype=torch.int32, device=device),
+    )
     offsets = torch.zeros(4, dtype=torch.int32, device=device)
-    assert experts_contiguous_kernel(torch.zeros(0, HIDDEN, device=device), none, offsets, bank).shape == (
+    assert experts_contiguous_kernel(torch.zeros(0, HIDDEN, device=device), none, offsets, table).shape == (
         0,
         HIDDEN,
     )
@@ -167,7 +171,7 @@ def test_buffers_are_those_of_the_reference_and_nothing_else_is_read(kind, capac
         hidden[expert, count:] = NAN
     idle = without_experts(bank, [expert for expert, count in enumerate(counts) if not count])
     device_counts = torch.tensor(counts, dtype=torch.int32, device=device)
-    result = experts_masked_kernel(hidden.to(device), device_counts, moved(idle, device))
+    result = experts_masked_kernel(hidden.to(device), device_counts, moved(idle, device).table)
     expected = experts_masked_reference(hidden.double(), device_counts.cpu(), bank)
     for expert, count in enumerate(counts):
         assert_close(result[expert, :count], expected[expert, :count], KERNEL_TOLERANCE[kind])
@@ -177,7 +181,7 @@ def test_rows_that_are_not_there_are_not_written(device, monkeypatch):
     bank, hidden = drawn_bank("float32", 2), drawn_hidden("float32", 2, 4)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, 7.0))
     counts = torch.tensor([1, 3], dtype=torch.int32, device=device)
-    result = experts_masked_kernel(hidden.to(device), counts, moved(bank, device))
+    result = experts_masked_kernel(hidden.to(device), counts, moved(bank, device).table)
     assert (result[0, 1:] == 7).all() and (result[1, 3:] == 7).all()
 
 
@@ -199,14 +203,14 @@ def test_a_row_keeps_its_bits_in_any_company_and_in_tiles_of_any_size(kind, devi
     if device.type == "cpu":  # where products are those of a library, which adds in orders of its own
         bank, hidden = exact_bank()
         if kind == "float32":
-            bank, hidden = ExpertBank(bank.gate_up.float(), bank.down.float()), hidden.float()
+            bank, hidden = ExpertBank([bank.gate_up[0].float()], [bank.down[0].float()]), hidden.float()
         elif kind == "fp8":
             bank = bank.quantised()
-    bank, hidden = moved(bank, device), hidden.to(device)
+    table, hidden = moved(bank, device).table, hidden.to(device)
 
     def outputs(rows: list[int]) -> torch.Tensor:
         slots = torch.tensor(rows, dtype=torch.int32, device=device)
-        return experts_contiguous_kernel(hidden, slots, offsets_of([len(rows)]).to(device), bank)
+        return experts_contiguous_kernel(hidden, slots, offsets_of([len(rows)]).to(device), table)
 
     alone, few = outputs([5]), outputs([3, 5, 9])
     some, many = outputs([*range(20)]), outputs([*range(SOME + 1)])
@@ -214,7 +218,7 @@ def test_a_row_keeps_its_bits_in_any_company_and_in_tiles_of_any_size(kind, devi
     assert torch.equal(some[[3, 5, 9]], few)
     assert torch.equal(many[:20], some)
     counts = torch.ones(1, dtype=torch.int32, device=device)
-    assert torch.equal(experts_masked_kernel(hidden[None, 5:7].contiguous(), counts, bank)[0, :1], alone)
+    assert torch.equal(experts_masked_kernel(hidden[None, 5:7].contiguous(), counts, table)[0, :1], alone)
 
 
 def test_the_public_functions_call_the_kernels_where_those_run(device):
@@ -246,27 +250,26 @@ def test_tiles_grow_with_the_slots_of_an_expert():
 def test_a_bank_that_is_quantised_has_its_scales_by_half():
     plain = drawn_bank("bfloat16", 2)
     bank = plain.quantised()
-    assert bank.gate_up_scales.shape == (2, 2, 2) and bank.down_scales.shape == (2, 2, 1)
+    assert [part.shape for part in bank.gate_up_scales] == [(2, 2)] * 2
+    assert [part.shape for part in bank.down_scales] == [(2, 1)] * 2
     for mine, theirs in zip(bank.expert(1, torch.float32), plain.expert(1, torch.float32), strict=True):
         assert_close(mine, theirs.double(), 2**-4)
 
 
-def test_a_bank_is_stacked_from_the_weights_of_each_expert():
-    whole = drawn_bank("fp8", 3)
-    bank = ExpertBank.stacked(whole.gate_up, whole.down, whole.gate_up_scales, whole.down_scales)
-    assert torch.equal(bank.gate_up.float(), whole.gate_up.float())
-    assert torch.equal(bank.down_scales, whole.down_scales)
-    assert not ExpertBank.stacked([torch.zeros(4, 8)], [torch.zeros(8, 2)]).is_quantised
-
-
 def test_weights_that_do_not_fit_are_refused():
     gate_up, down = torch.zeros(2, 8, 16), torch.zeros(2, 16, 4)
-    with pytest.raises(ValueError, match=r"gate_up is .* give torch.float32 \[2, 8, 16\]"):
+    with pytest.raises(ValueError, match=r"gate_up is .* give torch.float32 \[8, 16\]"):
         ExpertBank(gate_up[:, :7], down)
+    with pytest.raises(ValueError, match="gate_up is there for 1 experts: give it for all 2"):
+        ExpertBank(gate_up[:1], down)
     with pytest.raises(ValueError, match="down_scales is missing"):
         ExpertBank(gate_up.to(torch.float8_e4m3fn), down.to(torch.float8_e4m3fn), torch.ones(2, 2, 1))
     with pytest.raises(ValueError, match="leave those out"):
         ExpertBank(gate_up, down, down_scales=torch.ones(2, 1, 1))
+    with pytest.raises(ValueError, match="gate_up is on meta: give all of it on cpu"):
+        ExpertBank(gate_up.to("meta"), down)
+    with pytest.raises(ValueError, match="between multiples of 16 bytes"):
+        ExpertBank([torch.zeros(129)[1:].view(8, 16)], down[:1])
 
 
 def test_arguments_that_do_not_fit_are_refused():

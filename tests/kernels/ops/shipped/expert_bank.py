@@ -2,8 +2,7 @@
 
 import torch
 
-from kernels.ops.expert_bank import ExpertBank
-from kernels.ops.expert_bank_kernel import experts_contiguous_kernel, experts_masked_kernel
+from kernels.ops.expert_bank_kernel import WeightTable, experts_contiguous_kernel, experts_masked_kernel
 from tests.kernels.ops.shipping import Shipped, bfloat16, meta
 
 HIDDEN, INTERMEDIATE = 7168, 2048
@@ -11,13 +10,10 @@ CHOICES = 8
 WGMMA = frozenset({"gate_up_tile", "down_tile"})
 
 
-def bank(experts_count: int, is_quantised: bool) -> ExpertBank:
-    """Experts without memory."""
-    shapes = [(experts_count, 2 * INTERMEDIATE, HIDDEN), (experts_count, HIDDEN, INTERMEDIATE)]
-    if not is_quantised:
-        return ExpertBank(*(bfloat16(*shape) for shape in shapes))
-    weights = [meta(*shape, dtype=torch.float8_e4m3fn) for shape in shapes]
-    return ExpertBank(*weights, *(meta(*shape[:1], shape[1] // 128, shape[2] // 128) for shape in shapes))
+def table(experts_count: int, is_quantised: bool) -> WeightTable:
+    """Experts that are nowhere."""
+    dtype = torch.float8_e4m3fn if is_quantised else torch.bfloat16
+    return WeightTable(meta(experts_count, 4, dtype=torch.int64), HIDDEN, INTERMEDIATE, dtype)
 
 
 def contiguous(experts_count: int, tokens_count: int, is_quantised: bool) -> Shipped:
@@ -27,7 +23,7 @@ def contiguous(experts_count: int, tokens_count: int, is_quantised: bool) -> Shi
         rows = meta(CHOICES * tokens_count, dtype=torch.int32)
         offsets = meta(experts_count + 1, dtype=torch.int32)
         hidden = bfloat16(tokens_count, HIDDEN)
-        experts_contiguous_kernel(hidden, rows, offsets, bank(experts_count, is_quantised))
+        experts_contiguous_kernel(hidden, rows, offsets, table(experts_count, is_quantised))
 
     return Shipped(launch, WGMMA)
 
@@ -37,7 +33,7 @@ def masked(experts_count: int, capacity: int, is_quantised: bool) -> Shipped:
 
     def launch() -> None:
         hidden, counts = bfloat16(experts_count, capacity, HIDDEN), meta(experts_count, dtype=torch.int32)
-        experts_masked_kernel(hidden, counts, bank(experts_count, is_quantised))
+        experts_masked_kernel(hidden, counts, table(experts_count, is_quantised))
 
     return Shipped(launch, WGMMA)
 
