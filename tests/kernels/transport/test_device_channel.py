@@ -296,8 +296,8 @@ def test_an_error_that_the_library_notices_is_named(pair, behaviour):
     assert sent(pair.here).aborted.wait(WAIT_S)
 
 
-def test_an_error_of_posting_is_named(pair, behaviour):
-    behaviour.refuses = True
+def test_an_error_of_posting_is_named(pair):
+    sent(pair.there).behaviour = Behaviour(refuses=True)
     pair.here.send("refused by the library", None, [numbers(5)])
     fails(DeviceTransferFailed, lambda: pair.there.receive(WAIT_S), match="refuses")
 
