@@ -48,7 +48,7 @@ class NcclLink:
     def offer(self) -> dict:
         """Our GPU and the ids of both communicators, the first of which carries what we send."""
         with blaming(DeviceLinkFailed, "NCCL gave no id for a communicator"):
-            self._ids = [pack_id(nccl.get_unique_id()) for _ in range(2)]
+            self._ids = [nccl.get_unique_id() for _ in range(2)]
         return {"gpu": self._gpu, "ids": self._ids}
 
     def answer(self, offer: Any) -> dict:
@@ -111,7 +111,7 @@ class NcclLink:
         return not any(thread.is_alive() for thread in threads)
 
     def _join(self, unique_id: bytes) -> "Way":
-        communicator = nccl.NcclCommunicator(2, unpack_id(unique_id), self._rank)
+        communicator = nccl.NcclCommunicator(2, unique_id, self._rank)
         way = Way(communicator, 1 - self._rank, self.device)
         with self._lock:
             if not self._aborted:
@@ -214,13 +214,3 @@ def blaming(error: type[ChannelError], what: str) -> Iterator[None]:
         raise
     except RuntimeError as cause:
         raise error(f"{what} ({type(cause).__name__})") from cause
-
-
-def pack_id(numbers: Sequence[int]) -> bytes:
-    """The signed characters of a unique id as bytes."""
-    return bytes(number & 0xFF for number in numbers)
-
-
-def unpack_id(data: bytes) -> tuple[int, ...]:
-    """The bytes of a unique id as signed characters."""
-    return tuple(byte - 256 if byte > 127 else byte for byte in data)

@@ -19,7 +19,7 @@ from kernels.transport.errors import (
     HelloRefused,
 )
 from kernels.transport.frame import FrameLimits
-from kernels.transport.nccl import NcclLink, Way, pack_id, unpack_id
+from kernels.transport.nccl import NcclLink, Way
 from tests.kernels.transport.conftest import SECRET, WAIT_S, Pair
 
 UINT8 = 1
@@ -59,8 +59,8 @@ class Communicator:
     joined: dict = {}  # noqa: RUF012  emptied for each test
     posted: list = []  # noqa: RUF012
 
-    def __init__(self, ranks_count: int, unique_id: tuple, rank: int):
-        assert ranks_count == 2 and len(unique_id) == 128 and all(-128 <= char < 128 for char in unique_id)
+    def __init__(self, ranks_count: int, unique_id: bytes, rank: int):
+        assert ranks_count == 2 and type(unique_id) is bytes and len(unique_id) == 128
         self.key, self.rank, self.aborted, self.async_error = unique_id, rank, False, False
         with self.changed:
             self.joined.setdefault(unique_id, set()).add(rank)
@@ -122,7 +122,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         NCCL_UINT8=UINT8,
         NcclCommunicator=Communicator,
         groups=groups,
-        get_unique_id=lambda: (*([-1] * 127), next(ids) - 100),
+        get_unique_id=lambda: bytes([next(ids)]) * 128,
         groupStart=lambda: groups.append("start"),
         groupEnd=lambda: groups.append("end"),
     )
@@ -189,7 +189,7 @@ def test_a_communicator_that_comes_after_the_end_is_aborted(library):
     here, there = NcclLink(), NcclLink()
     answer = there.answer(here.offer())
     assert here.abort()
-    other = threading.Thread(target=lambda: [Communicator(2, unpack_id(there._ids[0]), 1)])
+    other = threading.Thread(target=lambda: [Communicator(2, there._ids[0], 1)])
     other.start()
     with pytest.raises(DeviceLinkFailed, match="ended while"):
         here.open(answer, print)
@@ -222,11 +222,6 @@ def test_two_processes_on_one_gpu_are_sent_to_another_scheme(library):
         link.hear("anything")
 
 
-def test_ids_come_back_from_bytes():
-    numbers = tuple(range(-128, 128))
-    assert unpack_id(pack_id(numbers)) == numbers
-
-
 def test_without_cupy_or_a_gpu_the_address_says_so(monkeypatch):
     monkeypatch.setattr(nccl, "nccl", None)
     for use in (listen, lambda address: connect(address, SECRET, "me")):
@@ -247,7 +242,7 @@ needs_nccl = pytest.mark.skipif(
 
 def alone() -> Way:
     """A communicator of one rank, which is its own peer: all that one GPU allows."""
-    communicator = nccl.nccl.NcclCommunicator(1, unpack_id(pack_id(nccl.nccl.get_unique_id())), 0)
+    communicator = nccl.nccl.NcclCommunicator(1, nccl.nccl.get_unique_id(), 0)
     return Way(communicator, 0, torch.device("cuda", torch.cuda.current_device()))
 
 
