@@ -64,7 +64,7 @@ def main(
     peers: Annotated[Path | None, typer.Option(help="a folder with modules and libraries of peers")] = None,
     output: Annotated[Path, typer.Option(help="where the figures go")] = RESULTS,
     time_s: Annotated[int | None, typer.Option(help="no case begins later")] = None,
-    stall_s: Annotated[int, typer.Option(help="a case that takes longer is given up")] = 90,
+    stall_s: Annotated[int, typer.Option(help="a case that takes longer is given up")] = 120,
     interpret: Annotated[
         bool, typer.Option(help="tiny sizes in Triton's interpreter, to see them run")
     ] = False,

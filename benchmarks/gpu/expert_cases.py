@@ -10,6 +10,7 @@ from benchmarks.gpu.case import Case, Ready, relative_error, share_differing
 from benchmarks.gpu.draw import choices, normal
 from benchmarks.gpu.expert_peers import ExpertInputs, contiguous_peers, masked_peers
 from benchmarks.gpu.sizes import Counts, Dimensions
+from benchmarks.gpu.timing import Waits
 from benchmarks.gpu.work import BFLOAT16, FP8, Work, experts_work, rows_work
 from kernels.ops.expert_bank import (
     ExpertBank,
@@ -119,7 +120,7 @@ def ready_group(dims: Dimensions, tokens: int, device: torch.device) -> Ready:
     def run() -> tuple[torch.Tensor, ...]:
         return group_by_expert(ids, experts)
 
-    peers = {"torch": lambda: lambda: group_by_expert_reference(ids, experts)}
+    peers = {"torch": lambda: Waits(lambda: group_by_expert_reference(ids, experts))}
     return Ready(run, work, lambda: share_differing(torch.cat(run()), expected), peers, 0.0)
 
 

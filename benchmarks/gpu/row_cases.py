@@ -10,6 +10,7 @@ from benchmarks.gpu.case import Case, Ready, relative_error, share_differing
 from benchmarks.gpu.draw import integers, normal, shuffled
 from benchmarks.gpu.row_peers import GateInputs, gate_peers, linear_peers, sample_peers
 from benchmarks.gpu.sizes import Counts, Dimensions
+from benchmarks.gpu.timing import Waits
 from benchmarks.gpu.work import gate_work, linear_fp8_work, rows_work
 from kernels.ops.copy_latents import gather_latents, gather_latents_reference
 from kernels.ops.draw_kernel import draw_kernel
@@ -156,7 +157,7 @@ def ready_write(
         compare = share_differing if dtype == torch.uint8 else relative_error
         return compare(latents, expected)
 
-    peers = {"torch": lambda: lambda: write_latents_reference(*given, latents)}
+    peers = {"torch": lambda: Waits(lambda: write_latents_reference(*given, latents))}
     return Ready(run, work, error, peers, 5e-2 if dtype == torch.uint8 else 1e-2)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.gpu.case import Run
+from benchmarks.gpu.draw import normal
 from benchmarks.gpu.peers import module_of, operations_of
 from benchmarks.gpu.roofline import scaled_product
 from kernels.ops.gate import gate_noaux_tc_reference
@@ -100,18 +101,19 @@ def sample_peers(
     library = module_of("FlashInfer")
     if top_p is None:
         return {"torch": lambda: lambda: logits.argmax(dim=-1)}
-    peers = {"torch": lambda: lambda: unmatched(torch_draw(logits, top_p, temperature))}
+    noise = normal(tuple(logits.shape), torch.float32, logits.device).abs()
+    peers = {"torch": lambda: lambda: unmatched(torch_draw(logits, top_p, temperature, noise))}
     if library is not None and top_p < 1:
         draw = library.sampling.top_p_sampling_from_probs
         peers["FlashInfer"] = lambda: lambda: unmatched(draw((logits / temperature).softmax(dim=-1), top_p))
     return peers
 
 
-def torch_draw(logits: torch.Tensor, top_p: float, temperature: float) -> torch.Tensor:
-    """A softmax, a sort where ranks matter, and a draw by exponential numbers, which needs no host."""
+def torch_draw(logits: torch.Tensor, top_p: float, temperature: float, noise: torch.Tensor) -> torch.Tensor:
+    """A softmax, a sort where ranks matter, and the greatest of weights times noise that was drawn before."""
     weights = (logits / temperature).softmax(dim=-1)
     if top_p == 1:
-        return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)
+        return (weights * noise).argmax(dim=-1)
     ranked, ids = weights.sort(dim=-1, descending=True)
     kept = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked > top_p, 0.0)
-    return ids.gather(1, (kept / torch.empty_like(kept).exponential_()).argmax(dim=-1, keepdim=True))
+    return ids.gather(1, (kept * noise).argmax(dim=-1, keepdim=True))

@@ -30,6 +30,17 @@ class Measured:
     is_recorded: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A call that is known to wait for the device, which cannot be recorded."""
+
+    run: Run
+
+    def __call__(self) -> object:
+        """Call it."""
+        return self.run()
+
+
 class DeviceTimer:
     """Medians over calls on the GPU, cold unless `is_warm`."""
 
@@ -39,6 +50,7 @@ class DeviceTimer:
         self._flushed = torch.ones(FLUSHED_BYTES // 4, device="cuda")
         self._sum = torch.empty((), device="cuda")
         self._flushes: dict[int, torch.cuda.CUDAGraph] = {}
+        self._unfinished: list[torch.cuda.CUDAGraph] = []
 
     def measure(self, run: Run) -> Measured:
         """Time of `run`, which is called a few times first; raises what it raises."""
@@ -46,6 +58,8 @@ class DeviceTimer:
         launches = max(1, min(LAUNCHES_MAX, int(RECORDED_US / about_us)))
         each_us = launches * (about_us + (0 if self._is_warm else 2 * FLUSH_US))
         plays = max(PLAYS_MIN, min(PLAYS_MAX, int(self._budget_us / each_us)))
+        if isinstance(run, Waits):
+            return Measured(self._time_calls(run, plays), is_recorded=False)
         try:
             graph = self._recorded(run, launches)
         except Exception:  # a peer may wait for the device, allocate by itself, or raise its own kind
@@ -56,12 +70,13 @@ class DeviceTimer:
     def _recorded(self, run: Run, launches: int) -> torch.cuda.CUDAGraph:
         """A graph of calls, each after a flush; or of flushes alone."""
         graph = torch.cuda.CUDAGraph()
+        self._unfinished.append(graph)  # the allocator may go on asking one whose recording failed
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             for _ in range(launches):
                 self._flush()
                 run()
-        return graph
+        return self._unfinished.pop()
 
     def _flush(self) -> None:
         if not self._is_warm:

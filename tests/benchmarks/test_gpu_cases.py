@@ -7,8 +7,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from benchmarks import kernels
+from benchmarks.gpu import peers
 from benchmarks.gpu.case import Case, Ready, relative_error, share_differing
 from benchmarks.gpu.roofline import H200
 from benchmarks.gpu.run_cases import OURS, Runner
@@ -142,6 +145,83 @@ def test_without_a_gpu_one_sentence_says_what_is_needed(capsys):
         kernels.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip() == kernels.NO_GPU
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """As if there were one: what is asked of the process that measures."""
+    asked = []
+    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "measure", lambda *given: asked.append(given))
+    app = typer.Typer()
+    app.command()(kernels.main)
+    return asked, lambda options: CliRunner().invoke(app, options)
+
+
+def test_the_process_that_measures_understands_what_it_is_told(with_gpu, monkeypatch, tmp_path):
+    asked, call = with_gpu
+
+    def supervised(command, folder, stall_s, end_s, tell):
+        (folder / "limits").write_text('{"roofline": {}}')
+        told = command(folder / "skipped")
+        assert told[1:3] == ["-m", "benchmarks.kernels"]
+        answer = call(told[3:])
+        assert answer.exit_code == 0, answer.output
+        tell({"operation": "gate", "sizes": "1", "failed": "wrong"})
+
+    monkeypatch.setattr(kernels, "supervise", supervised)
+    output = tmp_path / "figures.json"
+    options = ["--only", "gate,mix", "--quick", "--warm", "--peers", str(tmp_path), "--output", str(output)]
+    answer = call(options)
+    assert answer.exit_code == 0, answer.output
+    [(cases, peers, warm, notes, skipped, end_s)] = asked
+    assert {case.operation for case in cases} == {"gate", "mix"}
+    assert (peers, warm, notes.name, skipped.name) == (tmp_path, True, "notes", "skipped")
+    assert 0 < end_s - time.time() <= kernels.QUICK_TIME_S
+    assert json.loads(output.read_text())["results"] == [
+        {"operation": "gate", "sizes": "1", "failed": "wrong"}
+    ]
+
+
+def test_a_name_that_is_no_operation_is_refused(with_gpu):
+    answer = with_gpu[1](["--only", "gatte"])
+    assert answer.exit_code == 2
+    assert "gatte" in answer.output
+
+
+def test_limits_are_measured_once_and_what_is_done_is_passed_over(monkeypatch, tmp_path):
+    made, measured = [], []
+
+    class Recording:
+        def __init__(self, device, timer, roofline, notes, skipped):
+            made.append((device.type, roofline, skipped))
+
+        def run(self, *_):
+            """Nothing."""
+
+    monkeypatch.setattr(kernels, "Runner", Recording)
+    monkeypatch.setattr(kernels, "DeviceTimer", lambda warm: None)
+    monkeypatch.setattr(kernels.gc, "freeze", lambda: None)
+    monkeypatch.setattr(kernels, "measured_roofline", lambda: measured.append(1) or H200)
+    (tmp_path / "skipped").write_text('[["gate 1", "ours"], ["gate", "torch"]]')
+    for _ in range(2):
+        kernels.measure([], tmp_path, False, tmp_path / "notes", tmp_path / "skipped", 0.0)
+    assert len(measured) == 1
+    assert made == 2 * [("cuda", H200, [("gate 1", "ours"), ("gate", "torch")])]
+    assert json.loads((tmp_path / "limits").read_text())["peers"]["torch"] == torch.__version__
+
+
+def test_peers_are_found_in_a_folder_and_failures_to_load_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers.sys, "path", list(peers.sys.path))
+    (tmp_path / "deep_gemm.py").write_text("__version__ = '9'")
+    (tmp_path / "flash_mla.py").write_text("raise OSError('no driver')")
+    (tmp_path / "_some_C.abi3.so").write_bytes(b"no library")
+    peers.module_of.cache_clear()
+    failures = peers.load_folder(tmp_path)
+    assert [failure.split(":")[0] for failure in failures] == ["_some_C.abi3.so"]
+    assert peers.found_peers() == {"torch": torch.__version__, "DeepGEMM": "9"}
+    peers.module_of.cache_clear()
+    peers.sys.modules.pop("deep_gemm")
 
 
 def test_figures_are_kept_while_they_come(tmp_path):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.report import failures_of, line_of, machine, show
-from benchmarks.gpu.timing import DeviceTimer, HostTimer
+from benchmarks.gpu.timing import DeviceTimer, HostTimer, Measured, Waits
 
 FLUSH_US, CALL_US, LAUNCH_US = 70.0, 5.0, 9.0
 
@@ -100,6 +100,14 @@ def test_what_cannot_be_recorded_is_called_from_python_and_marked(device):
     assert measured.us == pytest.approx(CALL_US + LAUNCH_US)
     assert not measured.is_recorded
     assert DeviceTimer().measure(device.call).is_recorded
+
+
+def test_what_is_known_to_wait_is_never_recorded(device):
+    def waits():
+        assert device.tape is None
+        device.call()
+
+    assert DeviceTimer().measure(Waits(waits)) == Measured(CALL_US + LAUNCH_US, is_recorded=False)
 
 
 def test_a_long_call_is_made_few_times(device):
