@@ -16,7 +16,14 @@ from typing import Protocol
 from kernels.transport.cuda_ipc import CudaIpcLink
 from kernels.transport.device_channel import DeviceChannel
 from kernels.transport.device_link import DeviceLink
-from kernels.transport.errors import AddressInvalid, ChannelError, ConnectFailed, HelloRefused, ListenFailed
+from kernels.transport.errors import (
+    AddressInvalid,
+    ChannelError,
+    ConnectFailed,
+    DeviceLinkFailed,
+    HelloRefused,
+    ListenFailed,
+)
 from kernels.transport.frame import HELLO, Frame, FrameLimits
 from kernels.transport.nccl import NcclLink
 from kernels.transport.stream import StreamChannel
@@ -186,6 +193,9 @@ def connect(address: str, secret: str, name: str, timeout_s: float = 5.0) -> Str
             channel.greet(hello)
         else:
             channel.send(HELLO, hello)
+    except DeviceLinkFailed:  # our own GPU has nothing to offer
+        channel.close()
+        raise
     except ChannelError as error:
         channel.close()
         raise ConnectFailed(f"{address} went away before our hello") from error

@@ -14,8 +14,8 @@ class Doorbell:
         self._lock = threading.Lock()  # nobody rings a number that is another's by now
         self._sock = sock
         self._watched = select.EPOLLIN
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._epoll.register(sock, self._watched)
         self._closed = False

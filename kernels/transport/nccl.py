@@ -6,6 +6,7 @@ operation occupies some of the GPU's processors; where many peers are, bound the
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,8 +107,9 @@ class NcclLink:
         threads = [threading.Thread(target=way.communicator.abort, daemon=True) for way in ways]
         for thread in threads:
             thread.start()
+        end_s = time.monotonic() + ABORT_TIMEOUT_S
         for thread in threads:
-            thread.join(ABORT_TIMEOUT_S)
+            thread.join(max(end_s - time.monotonic(), 0))
         return not any(thread.is_alive() for thread in threads)
 
     def _join(self, unique_id: bytes) -> "Way":

@@ -222,6 +222,17 @@ def test_two_processes_on_one_gpu_are_sent_to_another_scheme(library):
         link.hear("anything")
 
 
+def test_a_gpu_that_gives_no_id_is_named(library, monkeypatch):
+    def none() -> bytes:
+        raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+
+    monkeypatch.setattr(library, "get_unique_id", none)
+    with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
+        with pytest.raises(DeviceLinkFailed, match="no id"):
+            connect(listener.address, SECRET, "me")
+        listener.accept().close()
+
+
 def test_without_cupy_or_a_gpu_the_address_says_so(monkeypatch):
     monkeypatch.setattr(nccl, "nccl", None)
     for use in (listen, lambda address: connect(address, SECRET, "me")):
