@@ -124,7 +124,10 @@ class ShardActor:
         self.loaded_share = 0.0
         checkpoint = Checkpoint(place.config.model.folder)
         self.shard = ExpertShard(
-            ShardConfig(self.name, place.address(self.name), place.secret), checkpoint, compute_dtype(place)
+            ShardConfig(self.name, place.address(self.name), place.secret),
+            checkpoint,
+            compute_dtype(place),
+            device_of(place.config),
         )
         self.shard.start()
         self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)

@@ -12,6 +12,7 @@ from cluster.scaling import AutoscalerConfig, PoolLimits
 from cluster.token_file import read_token
 from experts.config import PlanConfig
 from experts.rebalance import RebalanceConfig
+from experts.weights import ExpertFormat
 from kernels.model.config import ModelConfig
 from kernels.model.pages import PAGE_TOKENS
 from kernels.ops.latent_format import packed_bytes
@@ -75,9 +76,16 @@ def rebalance_config(config: ClusterConfig) -> RebalanceConfig:
 
 
 def expert_bytes(model: ModelConfig, config: ClusterConfig) -> int:
-    """Memory of one expert of one layer."""
-    numbers_count = 3 * model.hidden_size * model.moe_intermediate_size
-    return numbers_count * ITEM_BYTES[config.model.compute_dtype]
+    """Memory of one expert of one layer, as shards keep it."""
+    dtype = getattr(torch, config.model.compute_dtype)
+    return ExpertFormat.of(model, dtype, keeps_fp8=shards_have_gpus(config)).bytes_count
+
+
+def shards_have_gpus(config: ClusterConfig) -> bool:
+    """Whether shards compute on GPUs; whoever asks may have none."""
+    if config.model.device == AUTO:
+        return config.experts.resources.get("GPU", 0) > 0
+    return config.model.device == "cuda"
 
 
 def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> AutoscalerConfig:

@@ -42,7 +42,7 @@ class LocalExperts:
         device: torch.device | str = "cpu",
     ) -> "LocalExperts":
         """Load every expert of a checkpoint; raises CheckpointError."""
-        weights = load_experts(checkpoint, every_expert(checkpoint), dtype, on_progress)
+        weights = load_experts(checkpoint, every_expert(checkpoint), dtype, on_progress, device)
         return cls(checkpoint.config, weights)
 
     def dispatch(

@@ -26,8 +26,10 @@ from experts.messages import (
     read_fetch,
 )
 from experts.siblings import Siblings, checksum, sources_of
-from experts.weights import ExpertWeights, load_experts
+from experts.weights import ExpertFormat, ExpertWeights, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
+from kernels.model.host_copies import HostCopies, brought
+from kernels.ops.backend import runs_kernel
 from kernels.ops.expert_mlp import GatedWeights, expert_mlp
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError, FrameMalformed
@@ -57,12 +59,24 @@ class Dispatch:
 class ExpertShard:
     """Some experts; dispatches of several nodes that wait for the same layer are computed together."""
 
-    def __init__(self, config: ShardConfig, checkpoint: Checkpoint, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ShardConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        """Experts are kept and computed on `device` in `dtype`, or on a GPU as the FP8 that they come in."""
         model = checkpoint.config
         self.config = config
         self.load = ExpertLoad(model.dense_layers_count, len(model.moe_layers), model.routed_experts_count)
         self._checkpoint = checkpoint
         self._dtype = dtype
+        self._device = torch.device(device)
+        keeps_fp8 = runs_kernel(torch.empty(0, device=device))
+        self._format = ExpertFormat.of(model, dtype, keeps_fp8)
+        self._loading = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._copies = HostCopies()
         self._holding = Holding()
         self._arrived: list[Dispatch] = []
         self._dispatches_count = 0
@@ -105,17 +119,29 @@ class ExpertShard:
         held = before.leaving | before.experts
         wanted = placement.experts_of(self.config.name)
         missing = [expert for expert in wanted if expert not in held]
-        if in_force is not None:
-            alive = {shard.name for shard in placement.shards} - {self.config.name}
-            held |= self._fetched(sources_of(missing, in_force, alive))
-        missing = [expert for expert in missing if expert not in held]
-        held |= load_experts(self._checkpoint, missing, self._dtype, on_progress)
+        alive = {shard.name for shard in placement.shards} - {self.config.name}
+        sources = sources_of(missing, in_force, alive) if in_force is not None else {}
+        with torch.cuda.stream(self._loading):  # so that what is computed meanwhile does not wait
+            held |= self._loaded(missing, sources, on_progress)
+        if self._loading is not None:
+            self._loading.synchronize()
         experts = {expert: held.pop(expert) for expert in wanted}
         self._holding = Holding(placement.epoch, experts, leaving=held)
 
+    def _loaded(
+        self,
+        missing: Sequence[tuple[int, int]],
+        sources: dict[tuple[int, int], list[str]],
+        on_progress: ProgressCallback | None,
+    ) -> ExpertWeights:
+        """Experts on this shard's device, from siblings that give them, the rest from the checkpoint."""
+        held = self._fetched(sources) if sources else {}
+        missing = [expert for expert in missing if expert not in held]
+        where = (self._device, self._format.is_fp8)
+        return held | load_experts(self._checkpoint, missing, self._dtype, on_progress, *where)
+
     def _fetched(self, sources: dict[tuple[int, int], list[str]]) -> ExpertWeights:
-        model = self._checkpoint.config
-        siblings = Siblings(self.config, model.hidden_size, model.moe_intermediate_size, self._dtype)
+        siblings = Siblings(self.config, self._format, self._device)
         try:
             held = siblings.fetch(sources)
         finally:
@@ -202,7 +228,8 @@ class ExpertShard:
         if weights is None:
             self._answer(channel, REFUSED, [call_id, f"expert {expert} of layer {layer} is not here"])
             return
-        parts = [as_bytes(part) for part in weights.plain()]
+        copies = [self._copies.begin(part) for part in weights.plain()]
+        parts = [as_bytes(copy.wait()) for copy in copies]
         self._answer(channel, WEIGHTS, [call_id, checksum(parts)], parts)
 
     def _take(self, channel: StreamChannel, frame: Frame) -> None:
@@ -270,7 +297,9 @@ class ExpertShard:
         [dispatch] = dispatches
         header = dispatch.header
         self.load.add(layer, header.expert_ids, header.slot_counts)
-        return [expert_mlp(dispatch.hidden, dispatch.rows, dispatch.weights, header.slot_counts)]
+        given = (brought([part], self._device) for part in (dispatch.hidden, dispatch.rows))
+        outputs = expert_mlp(*given, dispatch.weights, header.slot_counts)
+        return [self._copies.begin(outputs).wait()]
 
     def _together(self, layer: int, dispatches: list[Dispatch]) -> list[torch.Tensor]:
         """Several nodes' slots merged by expert, so that each expert's weights are read once."""
@@ -286,10 +315,12 @@ class ExpertShard:
         present, counts = present.tolist(), counts.tolist()
         self.load.add(layer, present, counts)
         weights = weights_by_expert(dispatches)
-        hidden = torch.cat([dispatch.hidden for dispatch in dispatches])
-        in_order = expert_mlp(hidden, rows[order], [weights[expert] for expert in present], counts)
+        hidden = brought([dispatch.hidden for dispatch in dispatches], self._device)
+        rows, order = brought([torch.stack([rows[order], order])], self._device)
+        in_order = expert_mlp(hidden, rows, [weights[expert] for expert in present], counts)
         outputs = torch.empty_like(in_order)
         outputs[order] = in_order
+        outputs = self._copies.begin(outputs).wait()
         return list(outputs.split([dispatch.header.slots_count for dispatch in dispatches]))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from experts.config import ShardConfig
 from experts.messages import FETCH, REFUSED, WEIGHTS, Placement
-from experts.weights import ExpertWeights
+from experts.weights import ExpertFormat, ExpertWeights
 from kernels.ops.expert_mlp import GatedWeights
 from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelError, FrameMalformed
@@ -44,13 +44,20 @@ def checksum(parts: Sequence[memoryview]) -> int:
     return total
 
 
+def are_numbers(part: torch.Tensor) -> bool:
+    """Whether a tensor holds neither infinity nor NaN; FP8 E4M3 has no infinity, and two codes for NaN."""
+    if part.dtype == torch.float8_e4m3fn:
+        return not bool(((part.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return bool(part.isfinite().all())
+
+
 class Siblings:
     """Asks other shards for experts, one after the other; whoever fails once is not asked again."""
 
-    def __init__(self, config: ShardConfig, hidden_size: int, intermediate_size: int, dtype: torch.dtype):
+    def __init__(self, config: ShardConfig, expert_format: ExpertFormat, device: torch.device):
         self._config = config
-        self._shapes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
-        self._dtype = dtype
+        self._format = expert_format
+        self._device = device
         self._channels: dict[str, StreamChannel | None] = {}
         self._fetch_ids = itertools.count(1)
 
@@ -74,7 +81,7 @@ class Siblings:
 
     def _ask(self, address: str, layer: int, expert: int) -> GatedWeights | None:
         fetch_id = next(self._fetch_ids)
-        parts = [torch.empty(shape, dtype=self._dtype) for shape in self._shapes]
+        parts = [torch.empty(shape, dtype=dtype) for shape, dtype in self._format.parts]
         buffers = [as_bytes(part) for part in parts]
 
         def choose_buffers(header: Header) -> list[memoryview]:
@@ -96,12 +103,12 @@ class Siblings:
         except ChannelError:
             self._give_up(address)
             return None
-        return GatedWeights.of(*parts)
+        return GatedWeights.of_plain([part.to(self._device) for part in parts])
 
     @staticmethod
     def _check(frame: Frame, fetch_id: int, parts: list[torch.Tensor], buffers: list[memoryview]) -> None:
         body: Any = frame.body
-        if body != [fetch_id, checksum(buffers)] or not all(part.isfinite().all() for part in parts):
+        if body != [fetch_id, checksum(buffers)] or not all(map(are_numbers, parts)):
             raise FrameMalformed("the weights that came are not those that were asked for")
 
     def _channel(self, address: str) -> StreamChannel | None:

@@ -76,7 +76,7 @@ RECIPES = {
     "yarn": {"rope_parameters": YARN, "n_group": 4, "topk_group": 2},
     "two_shared": {"n_shared_experts": 2},
     "no_dense": {"first_k_dense_replace": 0},
-    "fp8": {"n_group": 4, "topk_group": 2},
+    "fp8": {"n_group": 4, "topk_group": 2, "moe_intermediate_size": 128},  # whole blocks, which stay FP8
     "tied_head": {"tie_word_embeddings": True},
 }
 NAMES = tuple(RECIPES)

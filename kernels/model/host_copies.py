@@ -1,5 +1,6 @@
 """Tensors of a device brought to the host beside what the device computes, and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,15 @@ class HostCopies:
             arrived.record()
         tensor.record_stream(self._stream)
         return HostCopy(copy, arrived)
+
+
+def brought(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Tensors of the host one below the other on a device, in one copy that is not waited for."""
+    if device.type == "cpu":
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    rows_count = sum(map(len, parts))
+    whole = host_memory((rows_count, *parts[0].shape[1:]), parts[0].dtype)
+    return torch.cat(list(parts), out=whole).to(device, non_blocking=True)
 
 
 def host_memory(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

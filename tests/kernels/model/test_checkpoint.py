@@ -136,8 +136,8 @@ def test_only_what_is_asked_for_is_read_and_progress_reaches_its_end(built):
     seen = []
     loaded = checkpoint.load(names, torch.float32, lambda done, total: seen.append((done, total)))
     assert list(loaded) == names
-    # 64 x 128 FP8 numbers and one float32 scale for each of the three.
-    each = 64 * 128 + 4
+    # 128 x 128 FP8 numbers and one float32 scale for each of the three.
+    each = 128 * 128 + 4
     assert seen == [(each, 3 * each), (2 * each, 3 * each), (3 * each, 3 * each)]
 
 
