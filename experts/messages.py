@@ -5,7 +5,7 @@ dispatch  [call id, epoch, layer, tokens, expert ids, slots of each expert, trac
 combine   [call id]                                                          parts: outputs, slot after slot
 refused   [call id, reason]
 fetch     [call id, layer, expert]
-weights   [call id, CRC-32 of all bytes]                                     parts: gate and up, down, any scales
+weights   [call id, CRC-32 of all bytes]                                     parts: gate and up, down, scales
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
-from kernels.ops.expert_bank import ExpertBank
+from kernels.ops.expert_bank import ExpertBank, experts_contiguous_reference
 from kernels.ops.expert_bank_kernel import WeightTable, addresses_of, experts_contiguous_kernel
 from kernels.ops.linear import rows_missing
 from kernels.ops.linear_fp8 import Fp8Weight
@@ -107,6 +107,9 @@ def expert_mlp(
     if runs_kernel(hidden) and experts[0].are_in_rows:
         offsets, table = told(hidden.device, experts, counts)
         return experts_contiguous_kernel(hidden, rows.to(torch.int32), offsets, table)
+    if is_fp8(experts[0].down):
+        offsets = torch.tensor([0, *accumulate(counts)])
+        return experts_contiguous_reference(hidden, rows, offsets, bank_of(experts))
     if experts[0].are_small:
         return _gated_slots(hidden, rows, experts, counts)
     sizes = [

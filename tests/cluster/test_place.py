@@ -1,5 +1,6 @@
 """What every actor is told: secrets out of files or new ones, and where members listen."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from cluster import place as place_module
 from cluster.config import check_config
 from cluster.errors import InvalidConfig
-from cluster.place import Place, context_tokens_max, device_of, latent_bytes, make_place
+from cluster.place import Place, context_tokens_max, device_of, expert_bytes, latent_bytes, make_place
 from kernels.model.checkpoint import Checkpoint
+from kernels.model.config import ModelConfig, WeightFormat
 
 FOLDER = Path("examples/trivium-small")
 
@@ -82,3 +84,17 @@ def test_latents_in_fp8_make_room_for_longer_contexts(tmp_path):
     packed = made(tmp_path, model={"folder": str(FOLDER.resolve()), "latents": "fp8"}, **sizes).config
     assert latent_bytes(model, packed) == model.kv_lora_rank + 4 * (model.kv_lora_rank // 128) + 2 * 64
     assert context_tokens_max(model, packed) > context_tokens_max(model, plain)
+
+
+def test_experts_take_the_room_that_shards_keep_them_in(tmp_path):
+    model = ModelConfig.from_folder(FOLDER)
+    fp8 = replace(model, moe_intermediate_size=256, weight_format=WeightFormat("bfloat16", "fp8", (128, 128)))
+    numbers_count, blocks_count = 3 * 256 * fp8.hidden_size, 3 * 2 * -(-fp8.hidden_size // 128)
+
+    def bytes_with(experts: dict, **section: str) -> int:
+        sections = {"compute_dtype": "bfloat16", **section, "folder": str(FOLDER.resolve())}
+        return expert_bytes(fp8, made(tmp_path, model=sections, experts=experts).config)
+
+    gpus = {"resources": {"GPU": 1}}
+    assert bytes_with({}) == bytes_with(gpus, device="cpu") == 2 * numbers_count
+    assert bytes_with(gpus) == bytes_with({}, device="cuda") == numbers_count + 4 * blocks_count
