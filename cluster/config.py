@@ -208,6 +208,10 @@ class TransportSection(Section):
         "127.0.0.1",
         description="for tcp: where nodes and shards listen; auto: this host's address on the way to others",
     )
+    tensors: Literal["host", "nccl", "cuda-ipc"] = Field(
+        "host",
+        description="by what latents go between GPUs: the memory of hosts; nccl; cuda-ipc, on one GPU",
+    )
     secret_file: ResolvedPath | None = Field(
         None, description="file with the secret that channels ask for; empty: a new one with each start"
     )

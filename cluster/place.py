@@ -34,10 +34,18 @@ class Place:
 
     def address(self, name: str) -> str:
         """Where a member of this name listens."""
-        if self.config.transport.scheme == "unix":
-            return f"unix://{self.sockets_folder}/{name}.sock"
+        return self._address(self.config.transport.scheme, name)
+
+    def latents_address(self, name: str) -> str:
+        """Where latents arrive from other GPUs; empty where they come like everything else."""
+        tensors = self.config.transport.tensors
+        return "" if tensors == "host" else self._address(tensors, f"{name}-latents")
+
+    def _address(self, scheme: str, name: str) -> str:
+        if scheme in ("unix", "cuda-ipc"):
+            return f"{scheme}://{self.sockets_folder}/{name}.sock"
         host = self.config.transport.host
-        return f"tcp://{own_host() if host == AUTO else host}:0"
+        return f"{scheme}://{own_host() if host == AUTO else host}:0"
 
 
 def make_place(config: ClusterConfig, sockets_folder: str) -> Place:

@@ -129,6 +129,7 @@ def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode
         section.requests_max,
         section.micro_batches,
         place.config.transport.lease_s,
+        place.latents_address(name),
         packs_latents=place.config.model.latents == "fp8",
     )
     return DecodeNode(config, transformer)

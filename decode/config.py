@@ -14,5 +14,7 @@ class DecodeConfig:
     requests_max: int = 64
     micro_batches: int = 2
     lease_s: float = 30.0
+    latents_address: str = ""
+    """Where latents arrive, if not where gateways connect: between GPUs."""
     packs_latents: bool = False
     """Whether latents are kept and sent as FP8."""

@@ -20,21 +20,27 @@ from kernels.model.host_copies import host_memory
 from kernels.model.latent_cache import LatentCache, page_runs
 from kernels.model.pages import pages_for
 from kernels.transport.channel import Channel
+from kernels.transport.frame import Part
 from kernels.transport.tensors import NAMES, as_bytes
 
 
 class Arriving:
     """A frame of latents that is being received: into its pages, or into the host's memory on their way."""
 
-    def __init__(self, request: DecodeRequest, latents: Latents, cache: LatentCache):
+    def __init__(self, request: DecodeRequest, latents: Latents, cache: LatentCache, from_device: bool):
         self.request = request
         self.latents = latents
         layer = cache.latents[latents.layer]
         self._places = [layer[run] for run in page_runs(request.pages, latents.begin, latents.end)]
         self._memory = self._places
-        if layer.is_cuda:
+        if layer.is_cuda and not from_device:
             self._memory = [host_memory(place.shape, place.dtype) for place in self._places]
-        self.views = [as_bytes(memory) for memory in self._memory]
+        self.buffers = self._memory if from_device else [as_bytes(memory) for memory in self._memory]
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether what has come is what was sent."""
+        return self.latents.checksum is None or checksum(self.buffers) == self.latents.checksum
 
     def settle(self) -> None:
         """Bring what has come to its pages, if it is not there; the device does so before its next step."""
@@ -93,25 +99,29 @@ class Inbox:
         return PageReservation(asked.request_id, asked.generation, self._address)
 
     def choose_buffers(
-        self, channel: Channel, latents: Latents, payload_bytes: int
-    ) -> list[memoryview] | None:
-        """Memory of the slots that a frame of latents is for, or None for one that fits no reservation."""
+        self, channel: Channel, latents: Latents, payload_bytes: int, from_device: bool = False
+    ) -> Sequence[Part] | None:
+        """Memory of the slots that a frame of latents is for, or None for one that fits no reservation.
+
+        What comes from the peer's GPU goes straight to pages on ours.
+        """
         with self._lock:
             request = self._waiting.get(latents.request_id)
-            if request is None or not self._fits(request, channel, latents, payload_bytes):
+            is_checked = (latents.checksum is None) == from_device
+            if request is None or not is_checked or not self._fits(request, channel, latents, payload_bytes):
                 self.refused_count += 1
                 return None
-            arriving = Arriving(request, latents, self._cache)
+            arriving = Arriving(request, latents, self._cache, from_device)
             request.receiving_count += 1
             request.prefill = channel
             self._receiving[channel] = arriving
-            return arriving.views
+            return arriving.buffers
 
     def received(self, channel: Channel) -> DecodeRequest | None:
         """Enter the frame that `channel` has just brought; the request itself if its bytes were damaged."""
         arriving = self._receiving[channel]
         request, latents = arriving.request, arriving.latents
-        intact = checksum(arriving.views) == latents.checksum
+        intact = arriving.is_intact
         with self._lock:
             if intact and not request.cancelled:
                 arriving.settle()

@@ -113,7 +113,8 @@ class Latents:
     begin: int
     end: int
     dtype: str
-    checksum: int
+    checksum: int | None
+    """Of their bytes; None where they go from GPU to GPU, over links that check by themselves."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,19 @@ class DecodeNode:
         self.endpoint = Endpoint(
             config.address, config.secret, config.name, self._on_frame, self._on_closed, self._choose_buffers
         )
-        self.inbox = Inbox(self.cache, self.endpoint.address, config.lease_s, clock)
+        self.endpoints = [self.endpoint]
+        if config.latents_address:
+            self.endpoints.append(
+                Endpoint(
+                    config.latents_address,
+                    config.secret,
+                    config.name,
+                    self._on_frame,
+                    self._on_closed,
+                    self._choose_buffers,
+                )
+            )
+        self.inbox = Inbox(self.cache, self.endpoints[-1].address, config.lease_s, clock)
 
     @property
     def is_alive(self) -> bool:
@@ -93,7 +105,8 @@ class DecodeNode:
 
     def start(self) -> None:
         """Receive and compute in threads of their own until closed."""
-        self.endpoint.start()
+        for endpoint in self.endpoints:
+            endpoint.start()
         self._thread = threading.Thread(target=self._run, name=f"{self.config.name}-compute", daemon=True)
         self._thread.start()
 
@@ -152,7 +165,11 @@ class DecodeNode:
         self._work.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-        self.endpoint.close()
+        self._close_endpoints()
+
+    def _close_endpoints(self) -> None:
+        for endpoint in self.endpoints:
+            endpoint.close()
 
     def _run(self) -> None:
         try:
@@ -160,7 +177,7 @@ class DecodeNode:
                 self._turn()
         except Exception:
             logger.exception("%s: cannot even fail a request, and leaves", self.config.name)
-            self.endpoint.close()  # so that everyone sees at once that nobody computes here
+            self._close_endpoints()  # so that everyone sees at once that nobody computes here
 
     def _turn(self) -> None:
         self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
@@ -180,7 +197,8 @@ class DecodeNode:
         if header.kind != Latents.__name__:
             return []
         self._receiving[channel] = time.perf_counter(), header.payload_bytes
-        return self.inbox.choose_buffers(channel, DOWN.read(header.kind, header.body), header.payload_bytes)
+        latents = DOWN.read(header.kind, header.body)
+        return self.inbox.choose_buffers(channel, latents, header.payload_bytes, any(header.on_device))
 
     def _on_frame(self, channel: Channel, frame: Frame) -> None:
         if frame.refused:

@@ -20,12 +20,13 @@ from decode.messages import (
 )
 from experts.errors import ExpertsError
 from experts.messages import DispatchReport
-from kernels.model.host_copies import HostCopies
+from kernels.model.host_copies import HostCopies, HostCopy
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import SampleRow, Samples, sample_each
 from kernels.transport.channel import Channel
+from kernels.transport.connect import is_between_devices
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
 from kernels.transport.frame import Frame
@@ -271,11 +272,15 @@ class PrefillNode:
         count = request.cached_tokens_count
         for layer in range(self._model.layers_count):
             latents = self.prefill_step.cached_latents(request.pages, layer, count)
-            self.outbox.put(Parcel(request, layer, 0, count, self._copies.begin(latents)))
+            self.outbox.put(Parcel(request, layer, 0, count, self._leaving(request, latents)))
 
     def _send_latents(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
-        copy = self._copies.begin(latents)
-        self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, copy))
+        leaving = self._leaving(chunk.request, latents)
+        self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, leaving))
+
+    def _leaving(self, request: PrefillRequest, latents: torch.Tensor) -> HostCopy:
+        """Latents on their way to where the channel to their decode node takes them from."""
+        return self._copies.begin(latents, is_to_host=not is_between_devices(request.asked.decode_address))
 
     def _finish(self, complete: Sequence[PrefillRequest], logits: torch.Tensor) -> None:
         if not complete:

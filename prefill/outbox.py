@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from decode.messages import DOWN as DECODE_DOWN
 from decode.messages import FirstToken, Latents, checksum
-from kernels.model.host_copies import HostCopy
+from kernels.model.host_copies import HostCopy, own_stream
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError, ChannelTimeout
 from kernels.transport.stream import StreamChannel
@@ -84,12 +84,13 @@ class Outbox:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while (parcel := self._parcels.get()) is not None:
-            try:
-                self._send(parcel)
-            except Exception:
-                logger.exception("%s: latents could not be sent", self._endpoint.name)
-                self._on_failed(parcel.request)
+        with own_stream():  # so that what leaves waits for its own computing alone
+            while (parcel := self._parcels.get()) is not None:
+                try:
+                    self._send(parcel)
+                except Exception:
+                    logger.exception("%s: latents could not be sent", self._endpoint.name)
+                    self._on_failed(parcel.request)
 
     def _send(self, parcel: Parcel) -> None:
         if parcel.request.is_dropped:
@@ -101,12 +102,12 @@ class Outbox:
                 DECODE_DOWN.send(channel, FirstToken(asked.request_id, asked.generation, parcel.token_id))
                 return
             latents = parcel.latents.wait()
-            data = as_bytes(latents)
-            dtype = NAMES[latents.dtype]
-            span = (parcel.layer, parcel.begin, parcel.end, dtype, checksum([data]))
-            self._wait_for_room(channel, data.nbytes)
-            DECODE_DOWN.send(channel, Latents(asked.request_id, asked.generation, *span), [data])
-            self.sent_bytes += data.nbytes
+            part = latents if channel.carries_tensors else as_bytes(latents)
+            code = None if channel.carries_tensors else checksum([part])
+            span = (parcel.layer, parcel.begin, parcel.end, NAMES[latents.dtype], code)
+            self._wait_for_room(channel, part.nbytes)
+            DECODE_DOWN.send(channel, Latents(asked.request_id, asked.generation, *span), [part])
+            self.sent_bytes += part.nbytes
         except ChannelError as error:
             logger.warning("%s: latents of %s: %s", self._endpoint.name, asked.request_id, error)
             self._on_failed(parcel.request)

@@ -132,7 +132,13 @@ class Stage:
 
     _numbers = itertools.count()
 
-    def __init__(self, transformer: Transformer, packs_latents: bool = False, **limits: int):
+    def __init__(
+        self,
+        transformer: Transformer,
+        packs_latents: bool = False,
+        latents_address: str = "",
+        **limits: int,
+    ):
         self.now_s = 1000.0
         self.name = f"stage-{next(self._numbers)}"
         model = transformer.config
@@ -158,6 +164,7 @@ class Stage:
                 page_bytes * limits.get("decode_pages", DECODE_PAGES),
                 requests_max=limits.get("requests_max", 64),
                 lease_s=10.0,
+                latents_address=latents_address,
                 packs_latents=packs_latents,
             ),
             transformer,
@@ -180,7 +187,10 @@ class Stage:
         """All that can happen next, in the order of a turn; each says how much moved."""
         gateways = [gateway for gateway in self.gateways if gateway not in self.gone]
         nodes = [node for node in (self.prefill, self.decode) if node not in self.gone]
-        polls = [lambda part=part: part.endpoint.poll(0) for part in (*gateways, *nodes)]
+        endpoints = [part.endpoint for part in (*gateways, *nodes)]
+        if self.decode in nodes:
+            endpoints += self.decode.endpoints[1:]
+        polls = [lambda endpoint=endpoint: endpoint.poll(0) for endpoint in endpoints]
         return [*polls, *(node.step for node in nodes)]
 
     def turn(self) -> int:

@@ -1,6 +1,7 @@
 """Tensors of a device brought to the host beside what the device computes, and back."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +9,13 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """A tensor that is on the host, or on its way there."""
+    """A tensor that is where it will be read, or on its way there."""
 
     tensor: torch.Tensor
     arrived: torch.cuda.Event | None = None
 
     def wait(self) -> torch.Tensor:
-        """The tensor on the host, once it is there."""
+        """The tensor, once it is there."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tensor
@@ -26,10 +27,14 @@ class HostCopies:
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
-    def begin(self, tensor: torch.Tensor) -> HostCopy:
-        """Copy what the calling thread has had computed so far, without waiting."""
+    def begin(self, tensor: torch.Tensor, is_to_host: bool = True) -> HostCopy:
+        """Copy what the calling thread has had computed so far, without waiting; or only note when it is."""
         if not tensor.is_cuda:
             return HostCopy(tensor)
+        if not is_to_host:
+            computed = torch.cuda.Event()
+            computed.record()
+            return HostCopy(tensor, computed)
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
@@ -48,6 +53,11 @@ def brought(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor
     rows_count = sum(map(len, parts))
     whole = host_memory((rows_count, *parts[0].shape[1:]), parts[0].dtype)
     return torch.cat(list(parts), out=whole).to(device, non_blocking=True)
+
+
+def own_stream() -> AbstractContextManager:
+    """What the calling thread gives its GPU meanwhile waits for nothing that other threads gave it."""
+    return torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext()
 
 
 def host_memory(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

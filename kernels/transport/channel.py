@@ -9,6 +9,9 @@ from kernels.transport.frame import Body, ChooseBuffers, Frame, Part
 class Channel(Protocol):
     """An ordered, two-way connection between two processes, one frame after the other."""
 
+    carries_tensors: bool
+    """Whether parts may be tensors on the device that it begins at."""
+
     peer: str
     """Name that the peer gave itself; empty before its hello."""
 

@@ -156,6 +156,11 @@ class MemoryListener:
             self._bell.close()
 
 
+def is_between_devices(address: str) -> bool:
+    """Whether a channel to this address carries tensors of a GPU."""
+    return split(address)[0] in LINKS
+
+
 def listen(address: str) -> Listener:
     """Listen at an address; port 0 takes a free one, a stale unix path is replaced; raises ListenFailed.
 

@@ -28,6 +28,8 @@ class DeviceChannel(DeviceWire):
     chosen to receive into is its owner's again when the frame is here whole, or when `close` has returned.
     """
 
+    carries_tensors = True
+
     def __init__(
         self,
         sock: socket.socket,

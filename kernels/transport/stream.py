@@ -130,6 +130,8 @@ class StreamChannel:
     their hands.
     """
 
+    carries_tensors = False
+
     def __init__(
         self, sock: socket.socket, limits: FrameLimits | None = None, pending_bytes_max: int = 1 << 30
     ):

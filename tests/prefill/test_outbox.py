@@ -16,6 +16,8 @@ from prefill.request import PrefillRequest
 class Wire:
     """A channel that keeps what it is given, and takes nothing away while it is stalled."""
 
+    carries_tensors = False
+
     def __init__(self):
         self.sent: list[tuple[str, dict, list[bytes]]] = []
         self.stalled = False
