@@ -30,13 +30,13 @@ from experts.weights import ExpertFormat, ExpertWeights, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.host_copies import HostCopies, brought
 from kernels.ops.backend import runs_kernel
-from kernels.ops.expert_mlp import GatedWeights, expert_mlp
+from kernels.ops.expert_mlp import GatedWeights, compile_expert_mlp, expert_mlp
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError, FrameMalformed
-from kernels.transport.frame import Frame
+from kernels.transport.frame import Frame, Part
 from kernels.transport.spans import SpanLog
 from kernels.transport.stream import StreamChannel
-from kernels.transport.tensors import as_bytes, from_bytes
+from kernels.transport.tensors import as_bytes, as_tensor, from_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,10 @@ class ExpertShard:
         sources = sources_of(missing, in_force, alive) if in_force is not None else {}
         with torch.cuda.stream(self._loading):  # so that what is computed meanwhile does not wait
             held |= self._loaded(missing, sources, on_progress)
-        if self._loading is not None:
-            self._loading.synchronize()
+            if self._loading is not None:
+                if not before.epoch and wanted:
+                    self._compile_for([held[expert] for expert in wanted if expert[0] == wanted[0][0]])
+                self._loading.synchronize()
         experts = {expert: held.pop(expert) for expert in wanted}
         self._holding = Holding(placement.epoch, experts, leaving=held)
 
@@ -139,6 +141,11 @@ class ExpertShard:
         missing = [expert for expert in missing if expert not in held]
         where = (self._device, self._format.is_fp8)
         return held | load_experts(self._checkpoint, missing, self._dtype, on_progress, *where)
+
+    def _compile_for(self, experts: Sequence[GatedWeights]) -> None:
+        """Compile before any node waits: that takes as long as a shard may be silent."""
+        size = self._checkpoint.config.hidden_size
+        compile_expert_mlp(experts, torch.zeros(1, size, dtype=self._dtype, device=self._device))
 
     def _fetched(self, sources: dict[tuple[int, int], list[str]]) -> ExpertWeights:
         siblings = Siblings(self.config, self._format, self._device)
@@ -247,12 +254,12 @@ class ExpertShard:
             self._arrived.append(Dispatch(channel, header, hidden, rows, weights))
 
     def _tensors(
-        self, header: DispatchHeader, parts: Sequence[memoryview]
+        self, header: DispatchHeader, parts: Sequence[Part]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states `[tokens, hidden]` and each slot's row among them `[slots]`; raises ValueError."""
         hidden, rows = parts
         size = self._checkpoint.config.hidden_size
-        hidden = from_bytes(hidden, self._dtype, (header.tokens_count, size))
+        hidden = as_tensor(hidden, self._dtype, (header.tokens_count, size))
         rows = from_bytes(rows, torch.int32, (header.slots_count,))
         if rows.numpy().min() < 0 or rows.numpy().max() >= header.tokens_count:
             raise ValueError("a slot names a token that was not sent")
@@ -263,7 +270,7 @@ class ExpertShard:
         self._answer(channel, REFUSED, [header.call_id, reason])
 
     def _answer(
-        self, channel: StreamChannel, kind: str, body: list, parts: Sequence[memoryview] = ()
+        self, channel: StreamChannel, kind: str, body: list, parts: Sequence[Part] = ()
     ) -> None:
         try:
             channel.send(kind, body, parts)
@@ -283,7 +290,9 @@ class ExpertShard:
         end_s = time.monotonic()
         self._busy_s += end_s - begin_s
         for dispatch, output in zip(dispatches, outputs, strict=True):
-            self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [as_bytes(output)])
+            on_device = dispatch.channel.carries_tensors
+            part = output if on_device else as_bytes(self._copies.begin(output).wait())
+            self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [part])
             if dispatch.header.traceparent:
                 self._note(dispatch.header, begin_s, end_s)
 
@@ -298,8 +307,7 @@ class ExpertShard:
         header = dispatch.header
         self.load.add(layer, header.expert_ids, header.slot_counts)
         given = (brought([part], self._device) for part in (dispatch.hidden, dispatch.rows))
-        outputs = expert_mlp(*given, dispatch.weights, header.slot_counts)
-        return [self._copies.begin(outputs).wait()]
+        return [expert_mlp(*given, dispatch.weights, header.slot_counts)]
 
     def _together(self, layer: int, dispatches: list[Dispatch]) -> list[torch.Tensor]:
         """Several nodes' slots merged by expert, so that each expert's weights are read once."""
@@ -320,7 +328,6 @@ class ExpertShard:
         in_order = expert_mlp(hidden, rows, [weights[expert] for expert in present], counts)
         outputs = torch.empty_like(in_order)
         outputs[order] = in_order
-        outputs = self._copies.begin(outputs).wait()
         return list(outputs.split([dispatch.header.slots_count for dispatch in dispatches]))
 
 

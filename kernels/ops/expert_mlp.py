@@ -11,7 +11,14 @@ from torch.nn import functional
 from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
 from kernels.ops.expert_bank import ExpertBank, experts_contiguous_reference
-from kernels.ops.expert_bank_kernel import WeightTable, addresses_of, experts_contiguous_kernel
+from kernels.ops.expert_bank_kernel import (
+    EXPERTS_WIDTH_MIN,
+    FEW,
+    SOME,
+    WeightTable,
+    addresses_of,
+    experts_contiguous_kernel,
+)
 from kernels.ops.linear import rows_missing
 from kernels.ops.linear_fp8 import Fp8Weight
 from kernels.ops.projection import Weight, is_fp8, joined, prepared, project
@@ -121,6 +128,19 @@ def expert_mlp(
         [gated_mlp(some, weights) for some, weights in zip(slots.split(sizes), experts, strict=True)]
     )
     return without_repeats(out, counts, sizes) if padded else out
+
+
+def compile_expert_mlp(experts: Sequence[GatedWeights], hidden: torch.Tensor) -> None:
+    """Have the kernels of `expert_mlp` compiled for calls with some or all of `experts`, and any counts.
+
+    `hidden [1, hidden]` is of the type that tokens will have.
+    """
+    widths = [EXPERTS_WIDTH_MIN << doubled for doubled in range(len(experts).bit_length())]
+    for experts_count in (*(width for width in widths if width < len(experts)), len(experts)):
+        for slots_count in (FEW, SOME, SOME + 1):
+            counts = [slots_count] * experts_count
+            rows = torch.zeros(sum(counts), dtype=torch.int32, device=hidden.device)
+            expert_mlp(hidden, rows, experts[:experts_count], counts)
 
 
 def bank_of(experts: Sequence[GatedWeights]) -> ExpertBank:

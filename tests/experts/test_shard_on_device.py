@@ -17,8 +17,10 @@ from experts.siblings import are_numbers, checksum
 from experts.weights import ExpertFormat, every_expert, load_experts
 from kernels.model.checkpoint import Checkpoint, CheckpointError
 from kernels.model.host_copies import brought
+from kernels.ops import expert_mlp as expert_mlp_module
 from kernels.ops.backend import kernels_forced
-from kernels.ops.expert_mlp import GatedWeights, expert_mlp
+from kernels.ops.expert_bank_kernel import TILES, tiles_for
+from kernels.ops.expert_mlp import GatedWeights, compile_expert_mlp, expert_mlp
 from kernels.ops.linear_fp8 import Fp8Weight
 from kernels.ops.projection import is_fp8, plain
 from kernels.transport.endpoint import Endpoint
@@ -214,6 +216,24 @@ def test_kernels_compute_experts_that_lie_apart_as_a_cpu_does(kind, tolerance):
         result = expert_mlp(hidden, rows, experts, counts)
     assert not torch.equal(result, expected) and result.dtype == hidden.dtype
     assert_near(result.float(), expected.float(), tolerance)
+
+
+def test_whatever_calls_can_launch_is_compiled_before_the_first(monkeypatch):
+    widths, tiles = set(), set()
+
+    def launched(hidden, rows, offsets, table) -> None:
+        count = table.experts_count
+        widths.add(max(32, 1 << (count - 1).bit_length()))
+        tiles.add(tiles_for(table.dtype, len(rows) / count))
+
+    monkeypatch.setattr(expert_mlp_module, "experts_contiguous_kernel", launched)
+    with kernels_forced():
+        compile_expert_mlp(drawn_experts("fp8", 130), torch.zeros(1, 64))
+    assert widths == {32, 64, 128, 256} and tiles == set(TILES[torch.float8_e4m3fn])
+    widths.clear()
+    with kernels_forced():
+        compile_expert_mlp(drawn_experts("fp8", 9), torch.zeros(1, 64))
+    assert widths == {32}
 
 
 def test_experts_of_different_formats_are_refused():
