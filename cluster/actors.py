@@ -123,8 +123,9 @@ class ShardActor:
         self.state = READY
         self.loaded_share = 0.0
         checkpoint = Checkpoint(place.config.model.folder)
+        address = place.tensors_address(self.name) or place.address(self.name)
         self.shard = ExpertShard(
-            ShardConfig(self.name, place.address(self.name), place.secret),
+            ShardConfig(self.name, address, place.secret),
             checkpoint,
             compute_dtype(place),
             device_of(place.config),

@@ -210,7 +210,8 @@ class TransportSection(Section):
     )
     tensors: Literal["host", "nccl", "cuda-ipc"] = Field(
         "host",
-        description="by what latents go between GPUs: the memory of hosts; nccl; cuda-ipc, on one GPU",
+        description="by what latents and experts' tokens go between GPUs: the memory of hosts; nccl; "
+        "cuda-ipc, where all is on one GPU",
     )
     secret_file: ResolvedPath | None = Field(
         None, description="file with the secret that channels ask for; empty: a new one with each start"

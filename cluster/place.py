@@ -36,10 +36,10 @@ class Place:
         """Where a member of this name listens."""
         return self._address(self.config.transport.scheme, name)
 
-    def latents_address(self, name: str) -> str:
-        """Where latents arrive from other GPUs; empty where they come like everything else."""
+    def tensors_address(self, name: str) -> str:
+        """Where a member takes tensors from other GPUs; empty where they come like everything else."""
         tensors = self.config.transport.tensors
-        return "" if tensors == "host" else self._address(tensors, f"{name}-latents")
+        return "" if tensors == "host" else self._address(tensors, f"{name}-tensors")
 
     def _address(self, scheme: str, name: str) -> str:
         if scheme in ("unix", "cuda-ipc"):

@@ -50,7 +50,8 @@ class Post:
     def open(self, transformer: Transformer) -> None:
         """Begin to serve; the weights may be another post's too."""
         make = make_prefill if self.kind == "prefill" else make_decode
-        routed = self.experts if transformer.device.type == "cpu" else StagedExperts(self.experts)
+        stays = transformer.device.type == "cpu" or self._place.config.transport.tensors != "host"
+        routed = self.experts if stays else StagedExperts(self.experts)
         node = make(self.name, self._place, transformer.plugged_into(routed))
         node.experts_epoch = lambda: self.experts.epoch
         node.dispatch_report = self.experts.report
@@ -129,7 +130,7 @@ def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode
         section.requests_max,
         section.micro_batches,
         place.config.transport.lease_s,
-        place.latents_address(name),
+        place.tensors_address(name),
         packs_latents=place.config.model.latents == "fp8",
     )
     return DecodeNode(config, transformer)

@@ -32,7 +32,7 @@ from experts.route import Route, ShardSlots
 from kernels.ops.mix import mix
 from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelError, ChannelTimeout, FrameMalformed
-from kernels.transport.frame import Frame, Header
+from kernels.transport.frame import Buffers, Frame, Header
 from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
@@ -79,7 +79,7 @@ class Call:
     def combine(self) -> torch.Tensor:
         """Wait for all shards and mix, `[tokens, hidden]` float32; raises ExpertsUnavailable."""
         self.experts.finish(self)
-        return mix(self.outputs, self.expert_weights, self.order)
+        return mix(self.outputs, self.expert_weights, self.order.to(self.outputs.device))
 
 
 class RemoteExperts:
@@ -196,7 +196,7 @@ class RemoteExperts:
         for part in call.parts:
             self._send_part(part, call, route, call_id * SHARDS_MAX + part.share.shard)
         for part in call.parts:
-            while part.channel.has_pending:
+            while part.channel.has_pending and not part.channel.carries_tensors:  # those go by themselves
                 with self._patience(part, call) as patience_s:
                     part.channel.flush(patience_s)
 
@@ -220,7 +220,8 @@ class RemoteExperts:
         slots = (share.experts, share.counts)
         header = DispatchHeader(part_id, route.epoch, call.layer, len(hidden), *slots, call.place)
         try:
-            part.channel.send(DISPATCH, header.body(), [as_bytes(hidden), memoryview(share.rows).cast("B")])
+            tokens = hidden if part.channel.carries_tensors else as_bytes(hidden)
+            part.channel.send(DISPATCH, header.body(), [tokens, memoryview(share.rows).cast("B")])
         except ChannelError:
             self._drop(part)
             raise
@@ -280,12 +281,15 @@ class RemoteExperts:
             call.layer, call.expert_ids.unique().tolist(), self._down()
         )
 
-    def _choose_buffers(self, header: Header) -> list[memoryview] | None:
+    def _choose_buffers(self, header: Header) -> Buffers | None:
         part = self._part_of(header.body)
         if part is None:
             return None  # an answer to a call that was given up
-        buffers = [as_bytes(part.outputs)] if header.kind == COMBINE else []
-        if header.kind not in (COMBINE, REFUSED) or header.payload_bytes != sum(map(len, buffers)):
+        buffers = []
+        if header.kind == COMBINE:
+            buffers = [part.outputs if any(header.on_device) else as_bytes(part.outputs)]
+        size_bytes = sum(buffer.nbytes for buffer in buffers)
+        if header.kind not in (COMBINE, REFUSED) or header.payload_bytes != size_bytes:
             raise FrameMalformed(f"{header.kind!r:.40} of {header.payload_bytes} bytes answers no dispatch")
         return buffers
 
@@ -321,4 +325,4 @@ def only_needed(hidden: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
     """The `tokens` of `hidden [tokens, hidden]`, contiguous; not copied where that is all of them."""
     if len(tokens) == len(hidden):
         return hidden.contiguous()
-    return hidden[torch.from_numpy(tokens)]
+    return hidden[torch.from_numpy(tokens).to(hidden.device)]

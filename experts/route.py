@@ -60,7 +60,7 @@ class Route:
         index = layer - self._first_layer
         if not 0 <= index < len(self._ends):
             raise ValueError(f"layer {layer} has no experts in the placement")
-        flat = expert_ids.contiguous().view(-1).numpy()
+        flat = expert_ids.cpu().contiguous().view(-1).numpy()
         is_up = np.array([address not in down for address in self.addresses], np.bool_)
         order, rows, tokens, runs, ends = _split(
             flat, expert_ids.shape[1], self._ends[index], self._homes[index], is_up, self._near, call_id

@@ -47,8 +47,11 @@ class HostCopies:
 
 
 def brought(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Tensors of the host one below the other on a device, in one copy that is not waited for."""
-    if device.type == "cpu":
+    """Tensors of the host one below the other on a device, in one copy that is not waited for.
+
+    Those that came from another GPU are there already.
+    """
+    if device.type == "cpu" or all(part.is_cuda for part in parts):
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
     rows_count = sum(map(len, parts))
     whole = host_memory((rows_count, *parts[0].shape[1:]), parts[0].dtype)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from kernels.transport.frame import Part
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -30,3 +32,12 @@ def from_bytes(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> 
     if wanted == 0:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
+def as_tensor(part: Part, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A received part, of the host or of a device, as a tensor; raises ValueError for one of another size."""
+    if not isinstance(part, torch.Tensor):
+        return from_bytes(part, dtype, shape)
+    if part.nbytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{part.nbytes} bytes are not a tensor {list(shape)} of {dtype}")
+    return part.view(torch.uint8).view(dtype).view(shape)

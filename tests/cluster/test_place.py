@@ -98,3 +98,17 @@ def test_experts_take_the_room_that_shards_keep_them_in(tmp_path):
     gpus = {"resources": {"GPU": 1}}
     assert bytes_with({}) == bytes_with(gpus, device="cpu") == 2 * numbers_count
     assert bytes_with(gpus) == bytes_with({}, device="cuda") == numbers_count + 4 * blocks_count
+
+
+@pytest.mark.parametrize(
+    ("tensors", "address"),
+    [
+        ("host", ""),
+        ("nccl", "nccl://127.0.0.1:0"),
+        ("cuda-ipc", "cuda-ipc:///a/folder/decode-1-tensors.sock"),
+    ],
+)
+def test_tensors_from_other_gpus_have_an_address_of_their_own(tmp_path, tensors, address):
+    place = made(tmp_path, transport={"tensors": tensors})
+    assert place.tensors_address("decode-1") == address
+    assert place.address("decode-1") == "unix:///a/folder/decode-1.sock"

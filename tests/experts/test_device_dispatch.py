@@ -1,0 +1,51 @@
+"""Tokens to experts and back from GPU to GPU, over a link that stands in for NCCL: one process's bits."""
+
+import pytest
+import torch
+
+from experts.client import RemoteExperts
+from experts.config import DispatchConfig
+from kernels.transport.connect import LINKS
+from tests.experts.dispatches import SECRET, drawn_tokens, placed
+from tests.kernels.transport.stand_in_link import StandInLink
+
+
+@pytest.fixture
+def remote(shard_at, monkeypatch):
+    """Two shards, reached from GPU to GPU."""
+    monkeypatch.setitem(LINKS, "nccl", StandInLink)
+    monkeypatch.setattr(StandInLink, "joints", {})
+    shards = [shard_at(f"shard-{index}", "nccl://127.0.0.1:0") for index in range(2)]
+    placement = placed({shard.config.name: shard.address for shard in shards}, 1)
+    for shard in shards:
+        shard.adopt(placement)
+        shard.start()
+    plug = RemoteExperts(DispatchConfig("node", SECRET, timeout_s=10.0))
+    plug.adopt(placement)
+    yield plug
+    plug.close()
+
+
+def test_shards_give_the_bits_of_one_process(remote, local):
+    for tokens_count in (1, 3, 32):
+        tokens = drawn_tokens(tokens_count)
+        mixed = remote.dispatch(1, *tokens).combine()
+        assert torch.equal(mixed, local.dispatch(1, *tokens).combine())
+    assert remote.retries_count == 0
+    assert all(channel.carries_tensors for channel in remote._channels.values()) and remote._channels
+
+
+def test_calls_of_two_lanes_may_be_combined_in_any_order(remote, local):
+    tokens = [drawn_tokens(count) for count in (4, 7, 1)]
+    calls = [remote.dispatch(layer, *some) for layer, some in zip((1, 2, 1), tokens, strict=True)]
+    for index in (2, 0, 1):
+        expected = local.dispatch((1, 2, 1)[index], *tokens[index]).combine()
+        assert torch.equal(calls[index].combine(), expected)
+
+
+def test_a_shard_refuses_an_epoch_that_it_has_not_loaded(remote, local):
+    tokens = drawn_tokens(5)
+    remote._route.epoch = 2
+    remote.config = DispatchConfig("node", SECRET, timeout_s=0.2)
+    with pytest.raises(Exception, match="epoch 2 is not here yet"):
+        remote.dispatch(1, *tokens).combine()
