@@ -201,9 +201,7 @@ class ExpertsSection(Section):
 class TransportSection(Section):
     """How latents, tokens and dispatches travel."""
 
-    scheme: Literal["unix", "tcp"] = Field(
-        "unix", description="unix: one host only, fastest; tcp: several hosts"
-    )
+    scheme: Literal["unix", "tcp"] = Field("unix", description="unix: one host, fastest; tcp: several hosts")
     host: Host = Field(
         "127.0.0.1",
         description="for tcp: where nodes and shards listen; auto: this host's address on the way to others",

@@ -1,8 +1,9 @@
 """Matrix products whose rows do not depend on how many rows share the call.
 
-A request must get the same bits alone and among others. On CPU a product of very few rows runs other code
-than a larger one, so small products are padded: a row then has one value, whatever the batch. Weights that
-are used again and again are packed once, in the order in which oneDNN reads them fastest.
+A request must get the same bits alone and among others, on whatever node it goes on. On CPU a product of very
+few rows runs other code than a larger one, so small products are padded: a row then has one value, whatever
+the batch. Weights that are used again and again are packed once, in the order in which oneDNN reads them
+fastest. On a GPU a library would choose its algorithm by the number of rows: there own kernels multiply.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import compiled, multiply_four, runs_compiled
+from kernels.ops.linear_kernel import linear_by_head_kernel, linear_kernel
 
 ROWS_MIN = 4
 PACKED_ROWS_MIN = 2
@@ -30,8 +32,10 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bfloat16
 
 
-def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`hidden [rows, in] @ weight [out, in].T + bias`, each row with the same bits in any batch."""
+def linear_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `linear` computes, in torch."""
     rows_count = hidden.shape[0]
     missing = rows_missing(rows_count, weight)
     if missing:
@@ -41,6 +45,13 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     else:
         out = functional.linear(hidden, weight, bias)
     return out[:rows_count] if missing else out
+
+
+def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`hidden [rows, in] @ weight [out, in].T + bias`, each row with the same bits in any batch."""
+    if runs_kernel(hidden) and not weight.is_mkldnn:  # what is packed for a CPU, its library alone can read
+        return linear_kernel(hidden, weight, bias)
+    return linear_reference(hidden, weight, bias)
 
 
 def linear_by_head_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -56,7 +67,9 @@ def linear_by_head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden [rows, heads, in]` by `weight [heads, out, in]`, `[rows, heads, out]`; rows as in `linear`."""
     if hidden.shape[1:] != (weight.shape[0], weight.shape[2]):
         raise ValueError(f"weights {list(weight.shape)} do not fit {list(hidden.shape)}")
-    if runs_kernel(hidden) or not runs_compiled(hidden):
+    if runs_kernel(hidden):
+        return linear_by_head_kernel(hidden, weight)
+    if not runs_compiled(hidden):
         return linear_by_head_reference(hidden, weight)
     out = hidden.new_empty(*hidden.shape[:2], weight.shape[1])
     _multiply_by_head(hidden.contiguous().numpy(), weight.numpy(), out.numpy())
