@@ -122,11 +122,12 @@ class ExpertShard:
         alive = {shard.name for shard in placement.shards} - {self.config.name}
         sources = sources_of(missing, in_force, alive) if in_force is not None else {}
         with torch.cuda.stream(self._loading):  # so that what is computed meanwhile does not wait
-            held |= self._loaded(missing, sources, on_progress)
-            if self._loading is not None:
-                if not before.epoch and wanted:
-                    self._compile_for([held[expert] for expert in wanted if expert[0] == wanted[0][0]])
-                self._loading.synchronize()
+            loaded = self._loaded(missing, sources, on_progress)
+            held |= loaded
+            if self._loading is not None and wanted and not before.epoch:
+                self._compile_for([held[expert] for expert in wanted if expert[0] == wanted[0][0]])
+        if self._loading is not None:
+            self._hand_over(loaded)
         experts = {expert: held.pop(expert) for expert in wanted}
         self._holding = Holding(placement.epoch, experts, leaving=held)
 
@@ -146,6 +147,13 @@ class ExpertShard:
         """Compile before any node waits: that takes as long as a shard may be silent."""
         size = self._checkpoint.config.hidden_size
         compile_expert_mlp(experts, torch.zeros(1, size, dtype=self._dtype, device=self._device))
+
+    def _hand_over(self, loaded: ExpertWeights) -> None:
+        """Wait until experts are there; once dropped, their memory is free when what computes them is over."""
+        self._loading.synchronize()
+        for weights in loaded.values():
+            for part in weights.plain():
+                part.record_stream(torch.cuda.current_stream(self._device))
 
     def _fetched(self, sources: dict[tuple[int, int], list[str]]) -> ExpertWeights:
         siblings = Siblings(self.config, self._format, self._device)

@@ -47,12 +47,13 @@ class HostCopies:
 
 
 def brought(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Tensors of the host one below the other on a device, in one copy that is not waited for.
+    """Tensors one below the other on a device; from the host in one copy, which is not waited for.
 
-    Those that came from another GPU are there already.
+    Some may be there already: those that came from another GPU.
     """
-    if device.type == "cpu" or all(part.is_cuda for part in parts):
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if any(part.device.type == device.type for part in parts):
+        there = [part.to(device, non_blocking=True) for part in parts]
+        return there[0] if len(there) == 1 else torch.cat(there)
     rows_count = sum(map(len, parts))
     whole = host_memory((rows_count, *parts[0].shape[1:]), parts[0].dtype)
     return torch.cat(list(parts), out=whole).to(device, non_blocking=True)

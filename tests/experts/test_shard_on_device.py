@@ -271,4 +271,5 @@ def test_tokens_of_several_nodes_go_to_a_device_as_one():
     parts = [torch.ones(2, 3), torch.zeros(1, 3)]
     assert torch.equal(brought(parts, torch.device("cpu")), torch.cat(parts))
     assert brought(parts, torch.device("meta")).shape == (3, 3)
+    assert brought([parts[0].to("meta"), parts[1]], torch.device("meta")).shape == (3, 3)
     assert brought(parts[:1], torch.device("cpu")) is parts[0]
