@@ -149,7 +149,7 @@ class ExpertShard:
         compile_expert_mlp(experts, torch.zeros(1, size, dtype=self._dtype, device=self._device))
 
     def _hand_over(self, loaded: ExpertWeights) -> None:
-        """Wait until experts are there; once dropped, their memory is free when what computes them is over."""
+        """Wait until experts are there; when dropped, their memory outlives what still computes them."""
         self._loading.synchronize()
         for weights in loaded.values():
             for part in weights.plain():
@@ -261,9 +261,7 @@ class ExpertShard:
         else:
             self._arrived.append(Dispatch(channel, header, hidden, rows, weights))
 
-    def _tensors(
-        self, header: DispatchHeader, parts: Sequence[Part]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tensors(self, header: DispatchHeader, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states `[tokens, hidden]` and each slot's row among them `[slots]`; raises ValueError."""
         hidden, rows = parts
         size = self._checkpoint.config.hidden_size
@@ -277,9 +275,7 @@ class ExpertShard:
         self._refused_count += 1
         self._answer(channel, REFUSED, [header.call_id, reason])
 
-    def _answer(
-        self, channel: StreamChannel, kind: str, body: list, parts: Sequence[Part] = ()
-    ) -> None:
+    def _answer(self, channel: StreamChannel, kind: str, body: list, parts: Sequence[Part] = ()) -> None:
         try:
             channel.send(kind, body, parts)
         except ChannelError as error:
