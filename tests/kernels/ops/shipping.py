@@ -1,9 +1,10 @@
 """Compile the kernels that the GPU's path launches, for a Hopper GPU that is not there.
 
     TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping rms_norm gate
+    TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping --table > docs/kernels.md
 
-prints, as JSON, what became of each case of `tests/kernels/ops/shipped`. A case calls the product's own
-launchers with tensors of the meta device, so that what is compiled is what is shipped, constants included.
+prints what became of each case of `tests/kernels/ops/shipped`, as JSON or as a page. A case calls the product's
+own launchers with tensors of the meta device, so that what is compiled is what is shipped, constants included.
 """
 
 import importlib
@@ -149,12 +150,39 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def main(names: list[str]) -> None:
-    """Print `{module: {case: [built]}}` of some modules, or of all."""
+    """Print `{module: {case: [built]}}` of some modules, or of all; as a page where it is asked for."""
+    if names == ["--table"]:
+        print(page())
+        return
     told = {
         name: {title: [asdict(built) for built in build(case)] for title, case in cases_of(name).items()}
         for name in names or module_names()
     }
     json.dump(told, sys.stdout)
+
+
+def page() -> str:
+    """What the compiler makes of every kernel, as Markdown."""
+    lines = [
+        "# Kernels as compiled for Hopper (sm_90)",
+        "",
+        f"By Triton {triton.__version__}; `tests/kernels/ops/test_shipped.py` holds them to at most 227 KiB of shared",
+        "memory, no stack (registers never spill), and WGMMA wherever a product has 64 rows. Made by",
+        "`TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping --table`.",
+        "",
+        "| operation | configuration | kernel | WGMMA | shared bytes | registers | stack bytes |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for name in module_names():
+        for title, case in cases_of(name).items():
+            lines += [f"| {name} | {title.removeprefix(name).strip()} | {row(built)} |" for built in build(case)]
+    return "\n".join(lines)
+
+
+def row(built: Built) -> str:
+    """Cells of one kernel."""
+    counts = (built.wgmma_count, built.shared_bytes, built.registers_count, built.stack_bytes)
+    return " | ".join([f"`{built.kernel}`", *(f"{count:,}" for count in counts)])
 
 
 if __name__ == "__main__":
