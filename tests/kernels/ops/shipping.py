@@ -3,8 +3,8 @@
     TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping rms_norm gate
     TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping --table > docs/kernels.md
 
-prints what became of each case of `tests/kernels/ops/shipped`, as JSON or as a page. A case calls the product's
-own launchers with tensors of the meta device, so that what is compiled is what is shipped, constants included.
+prints what became of each case of `tests/kernels/ops/shipped`, as JSON or as a page. A case calls the
+product's own launchers with tensors of the meta device: what is compiled is what is shipped, constants too.
 """
 
 import importlib
@@ -162,11 +162,11 @@ def main(names: list[str]) -> None:
 
 
 def page() -> str:
-    """What the compiler makes of every kernel, as Markdown."""
+    """What the compiler makes of every kernel, a page of Markdown."""
     lines = [
         "# Kernels as compiled for Hopper (sm_90)",
         "",
-        f"By Triton {triton.__version__}; `tests/kernels/ops/test_shipped.py` holds them to at most 227 KiB of shared",
+        f"By Triton {triton.__version__}; `tests/kernels/ops/test_shipped.py` holds them to 227 KiB of shared",
         "memory, no stack (registers never spill), and WGMMA wherever a product has 64 rows. Made by",
         "`TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping --table`.",
         "",
@@ -175,7 +175,8 @@ def page() -> str:
     ]
     for name in module_names():
         for title, case in cases_of(name).items():
-            lines += [f"| {name} | {title.removeprefix(name).strip()} | {row(built)} |" for built in build(case)]
+            begin = f"| {name} | {title.removeprefix(name).strip()} |"
+            lines += [f"{begin} {row(built)} |" for built in build(case)]
     return "\n".join(lines)
 
 
