@@ -10,6 +10,7 @@ and which side of the chip's product they are on: each product still adds its 12
 import torch
 
 from kernels.ops.backend import tl, triton
+from kernels.ops.linear_kernel import TILE_GROUP, find_tile, sum_parts
 from kernels.ops.narrow import dot, to_dtype
 
 BLOCK = 128  # inputs and outputs that share a scale
@@ -18,8 +19,6 @@ PART_BLOCKS_MIN = 6  # shorter parts would cost more to add than they save
 PARTIAL_NUMBERS_MAX = (
     4 << 20
 )  # 16 MiB of float32, which stays in the chip's cache from one launch to the next
-TILE_GROUP = 8  # tiles of rows that pass over the weights together, while these are in the cache
-SUM_NUMBERS = 1024
 
 
 def linear_fp8_kernel(
@@ -38,8 +37,7 @@ def linear_fp8_kernel(
         return out
     partial = torch.empty(parts_count, rows_count, out_count, dtype=torch.float32, device=hidden.device)
     _launch(hidden, hidden_scales, weight, weight_scales, partial, parts_count, parts_count)
-    grid = (triton.cdiv(out.numel(), SUM_NUMBERS),)
-    _sum_parts[grid](partial, out, out.numel(), parts_count, SUM_NUMBERS)
+    sum_parts(partial, None, out)
     return out
 
 
@@ -88,17 +86,6 @@ def _launch(hidden, hidden_scales, weight, weight_scales, out, parts_count: int,
 
 
 @triton.jit
-def _tile(rows_count, out_count, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE_GROUP: tl.constexpr):
-    """Which tile of rows and of outputs is this program's: a group of tiles of rows takes outputs in turn."""
-    row_tiles = tl.cdiv(rows_count, ROWS)
-    group_size = TILE_GROUP * tl.cdiv(out_count, BLOCK)
-    first = tl.program_id(0) // group_size * TILE_GROUP
-    height = tl.minimum(row_tiles - first, TILE_GROUP)
-    inside = tl.program_id(0) % group_size
-    return first + inside % height, inside // height
-
-
-@triton.jit
 def _multiply(
     hidden,
     hidden_scales,
@@ -121,7 +108,7 @@ def _multiply(
     TILE_GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    row_tile, out_tile = _tile(rows_count, out_count, ROWS, BLOCK, TILE_GROUP)
+    row_tile, out_tile = find_tile(rows_count, out_count, ROWS, BLOCK, TILE_GROUP)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     outs = out_tile * BLOCK + tl.arange(0, BLOCK)
     # Beyond the end the last row is read again, and not written.
@@ -162,13 +149,3 @@ def _multiply(
     out += tl.program_id(1).to(tl.int64) * rows_count * out_count
     out += rows.to(tl.int64)[:, None] * out_count + outs[None, :]
     tl.store(out, total, mask=(rows < rows_count)[:, None] & (outs < out_count)[None, :])
-
-
-@triton.jit
-def _sum_parts(partial, out, numbers_count, PARTS: tl.constexpr, NUMBERS: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    inside = places < numbers_count
-    total = tl.zeros((NUMBERS,), tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(partial + part * numbers_count.to(tl.int64) + places, mask=inside, other=0.0)
-    tl.store(out + places, to_dtype(total, out.dtype.element_ty), mask=inside)

@@ -129,7 +129,6 @@ def assert_same_in_company(compute, rows_count: int) -> None:
         assert torch.equal(compute(slice(begin, end)), whole[begin:end]), (begin, end)
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the order within a tensor core is a GPU's")
 @pytest.mark.parametrize("sizes", [(7168, 2112), (1536, 24576), (512, 32768)], ids=str)
 def test_rows_of_a_large_model_have_the_same_bits_in_tiles_of_every_size(sizes, device):
