@@ -171,7 +171,7 @@ class Stage:
             clock=lambda: self.now_s,
         )
         for node in (self.prefill, self.decode):
-            # so that what was never written shows where it is read: in FP8 and bfloat16 too these bits are NaN
+            # so that what was never written shows where it is read: these bits are NaN in every format
             node.cache.latents.view(torch.uint8).fill_(0xFF)
         self.gateways: list[Gateway] = []
         self.gone: list[object] = []

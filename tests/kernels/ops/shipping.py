@@ -166,8 +166,8 @@ def page() -> str:
     lines = [
         "# Kernels as compiled for Hopper (sm_90)",
         "",
-        f"By Triton {triton.__version__}; `tests/kernels/ops/test_shipped.py` holds them to 227 KiB of shared",
-        "memory, no stack (registers never spill), and WGMMA wherever a product has 64 rows. Made by",
+        f"By Triton {triton.__version__}; `tests/kernels/ops/test_shipped.py` holds them to 227 KiB of",
+        "shared memory, no stack (registers never spill), and WGMMA wherever a product has 64 rows. Made by",
         "`TRITON_INTERPRET=0 python -m tests.kernels.ops.shipping --table`.",
         "",
         "| operation | configuration | kernel | WGMMA | shared bytes | registers | stack bytes |",
