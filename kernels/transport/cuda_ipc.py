@@ -162,7 +162,8 @@ class CudaIpcLink:
         self._tell(TAKEN)
 
     def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
-        with blaming(DeviceTransferFailed, "the GPU refused a copy"):
+        # tensors made in inference mode let nobody outside it write them, and the mode is a thread's own
+        with blaming(DeviceTransferFailed, "the GPU refused a copy"), torch.inference_mode():
             return self._memory.copy(pairs, after)
 
     def _accept(self, offer: Any) -> None:

@@ -143,6 +143,19 @@ def test_a_part_goes_into_the_tensors_chosen(links, tmp_path):
     assert torch.equal(target, part)
 
 
+def test_tensors_made_in_inference_mode_are_sent_and_filled_by_threads_outside_it(links, tmp_path):
+    with joined(tmp_path) as pair:
+        with torch.inference_mode():
+            part = torch.randint(0, 256, (250,), dtype=torch.uint8)
+            target = torch.zeros(250, dtype=torch.uint8)
+            pair.here.send("part", None, [part])
+            while pair.there._arriving is None:
+                assert pair.there.receive_ready(lambda header: [target]) is None
+        pair.there.receive(WAIT_S)
+        pair.here.flush(WAIT_S)
+    assert torch.equal(target, part)
+
+
 def test_what_was_sent_may_change_only_when_the_peer_has_taken_it(links, tmp_path):
     with joined(tmp_path) as pair:
         pair.here.send("parts", None, [torch.zeros(WINDOW, dtype=torch.uint8)])
