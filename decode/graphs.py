@@ -1,20 +1,26 @@
 """Lanes recorded once for each size of batch, and played again without Python between their kernels.
 
+All that can be recorded is so before the first request: a size that is not is computed as it comes.
+
 A lane leaves the device only where its tokens travel to experts. So it is recorded as pieces: up to a
 dispatch, what is computed meanwhile, and from the answer to the next dispatch; as one where the experts are
 on the same device. A piece reads and writes the same memory each time: what changes from step to step is
 copied into its inputs.
 """
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from decode.step_inputs import StepInputs
+from decode.step_inputs import StepInputs, bucket_of
 from kernels.model.moe import PendingExperts, RoutedExperts
 from kernels.model.transformer import Lane
+
+logger = logging.getLogger(__name__)
 
 Replay = Callable[[], None]
 MakeLane = Callable[[StepInputs, RoutedExperts], Lane]
@@ -28,6 +34,9 @@ class Recorder(Protocol):
 
     def end(self) -> Replay:
         """Stop; what computes all that was recorded, on the same memory."""
+
+    def abandon(self) -> None:
+        """Stop, after an error, and let go of what was recorded since the beginning of a piece."""
 
 
 class CudaRecorder:
@@ -46,8 +55,16 @@ class CudaRecorder:
 
     def end(self) -> Replay:
         """Stop; one launch plays everything."""
-        self._recording.__exit__(None, None, None)
+        recording, self._recording = self._recording, None
+        recording.__exit__(None, None, None)
         return self._graph.replay
+
+    def abandon(self) -> None:
+        """Leave the recording, which an error has made useless, so that the thread can compute again."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            with contextlib.suppress(RuntimeError):
+                recording.__exit__(None, None, None)
 
 
 @dataclass(slots=True)
@@ -58,8 +75,6 @@ class Travel:
     hidden: torch.Tensor
     expert_ids: torch.Tensor
     expert_weights: torch.Tensor
-    mixed: torch.Tensor
-    """Where the answer goes, `[requests, hidden]` float32."""
     meanwhile: Replay | None = None
     after: Replay | None = None
 
@@ -69,6 +84,8 @@ class Tape:
     """One recorded lane."""
 
     inputs: StepInputs
+    mixed: torch.Tensor
+    """Where every layer's answer goes, `[requests, hidden]` float32: one is used before the next comes."""
     before: Replay | None = None
     travels: list[Travel] = field(default_factory=list)
     hidden: torch.Tensor | None = None
@@ -83,7 +100,7 @@ class Tape:
             pending = routed.dispatch(travel.layer, *asked)
             travel.meanwhile()
             yield
-            travel.mixed[:count].copy_(pending.combine())
+            self.mixed[:count].copy_(pending.combine())
             travel.after()
         return self.hidden[:count].clone()  # the next step writes there again
 
@@ -122,8 +139,7 @@ class RecordedExperts:
     ) -> PendingExperts:
         """End the piece before a dispatch; what comes until the answer is a piece too."""
         self._end_piece()
-        mixed = torch.zeros_like(hidden, dtype=torch.float32)
-        self._tape.travels.append(Travel(layer, hidden, expert_ids, expert_weights, mixed))
+        self._tape.travels.append(Travel(layer, hidden, expert_ids, expert_weights))
         self._recorder.begin()
         return self
 
@@ -132,7 +148,7 @@ class RecordedExperts:
         travel = self._tape.travels[-1]
         travel.meanwhile = self._recorder.end()
         self._recorder.begin()
-        return travel.mixed
+        return self._tape.mixed
 
     def end(self, hidden: torch.Tensor) -> None:
         """End the last piece, whose result is `hidden`."""
@@ -148,34 +164,50 @@ class RecordedExperts:
 
 
 class GraphedLanes:
-    """Tapes by size, each recorded when it is first needed; lanes side by side do not share tapes."""
+    """Tapes by size; lanes side by side do not share them."""
 
-    def __init__(self, make_lane: MakeLane, routed: RoutedExperts, make_recorder: Callable[[], Recorder]):
+    def __init__(
+        self,
+        make_lane: MakeLane,
+        routed: RoutedExperts,
+        make_recorder: Callable[[], Recorder],
+        hidden_size: int,
+        pages_levels: Sequence[int],
+    ):
+        """Steps are recorded for page tables of these widths, ascending."""
         self._make_lane = make_lane
         self._routed = routed
         self._make_recorder = make_recorder
+        self._hidden_size = hidden_size
+        self._pages_levels = pages_levels
         self._recorders: dict[int, Recorder] = {}
         self._tapes: dict[tuple[int, int, int], Tape] = {}
 
     def lane(self, number: int, inputs: StepInputs) -> Lane:
-        """The lane of `inputs`, the `number`-th of those that alternate."""
-        return self._tape(number, inputs).play(inputs, self._routed)
-
-    def prepare(self, number: int, inputs: StepInputs) -> None:
-        """Record what a lane of this size needs, if it is not there."""
-        self._tape(number, inputs)
-
-    def _tape(self, number: int, inputs: StepInputs) -> Tape:
-        size = inputs.bucket()
-        tape = self._tapes.get((number, *size))
+        """The lane of `inputs`, the `number`-th of those that alternate: recorded, if its size is."""
+        width = inputs.pages.shape[1]
+        level = next((level for level in self._pages_levels if level >= width), width)
+        tape = self._tapes.get((number, bucket_of(inputs.requests_count), level))
         if tape is None:
-            tape = self._tapes[number, *size] = self._record(number, inputs.padded(*size))
-        return tape
+            return self._make_lane(inputs, self._routed)
+        return tape.play(inputs, self._routed)
 
-    def _record(self, number: int, inputs: StepInputs) -> Tape:
+    def prepare(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> None:
+        """Record lanes of some (number, rows); what cannot be recorded is computed as it comes."""
+        for number, rows in sizes:
+            for level in self._pages_levels:
+                try:
+                    self._tapes[number, rows, level] = self._record(number, rows, level, device)
+                except RuntimeError:
+                    logger.exception("a step of %s requests and %s pages cannot be recorded", rows, level)
+                    self._recorders.pop(number).abandon()
+                    return
+
+    def _record(self, number: int, rows: int, pages_count: int, device: torch.device) -> Tape:
         if number not in self._recorders:
             self._recorders[number] = self._make_recorder()
-        tape = Tape(inputs)
+        inputs = StepInputs.blank(rows, pages_count, device)
+        tape = Tape(inputs, torch.zeros(rows, self._hidden_size, device=device))
         piecewise = RecordedExperts(tape, self._recorders[number])
         is_whole = self._routed.is_recordable
         run_through(self._make_lane(inputs, self._routed if is_whole else Rehearsal()))

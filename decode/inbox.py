@@ -4,6 +4,7 @@ The thread that receives and the thread that computes both come here; one lock g
 frame is being written to are never given away: a request that ends meanwhile keeps them until the frame has.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,8 @@ from kernels.model.pages import pages_for
 from kernels.transport.channel import Channel
 from kernels.transport.frame import Part
 from kernels.transport.tensors import NAMES, as_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Arriving:
@@ -172,10 +175,15 @@ class Inbox:
                 self._forget(request.asked.request_id, request.asked.generation)
 
     def channel_closed(self, channel: Channel) -> list[DecodeRequest]:
-        """End the frame that a closed channel was in; forget and return the requests it left unfinished."""
+        """End the frame that a closed channel was in; forget and return the requests it left unfinished.
+
+        Pages that a GPU may still write a frame to are leased for ever: they could be another request's.
+        """
         with self._lock:
-            if channel in self._receiving:
+            if channel in self._receiving and channel.is_quiet:
                 self._stop_receiving(channel)
+            elif channel in self._receiving:
+                self._keep_pages(channel)
             brought = [request for request in self._waiting.values() if request.prefill is channel]
             unfinished = [request for request in brought if not request.is_complete]
             for request in unfinished:
@@ -229,6 +237,15 @@ class Inbox:
         if request.receiving_count == 0:
             self._cache.pool.release(request.pages)
         return True
+
+    def _keep_pages(self, channel: Channel) -> None:
+        request = self._receiving.pop(channel).request  # which goes on to count as receiving
+        logger.error(
+            "%d pages of %s stay leased until the process ends: the GPU of %s may still write to them",
+            len(request.pages),
+            request.asked.request_id,
+            channel.peer,
+        )
 
     def _stop_receiving(self, channel: Channel) -> None:
         request = self._receiving.pop(channel).request

@@ -30,6 +30,7 @@ from decode.request import DecodeRequest
 from decode.step import DecodeStep
 from experts.errors import ExpertsError
 from experts.messages import DispatchReport
+from kernels.model.host_copies import check_device
 from kernels.model.latent_cache import LatentCache
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import Samples, sample_each
@@ -189,7 +190,7 @@ class DecodeNode:
         except Exception:
             logger.exception("%s: a step failed", self.config.name)
             self._fail(self.batcher.everyone(), "internal", "the decode node failed", retryable=True)
-            self.cache.check_device()  # where it raises, this node leaves
+            check_device(self.cache.latents.device)  # where it raises, this node leaves
 
     # what comes in, on the endpoint's thread
 

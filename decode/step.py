@@ -7,13 +7,15 @@ import torch
 from decode.batcher import split_evenly
 from decode.graphs import GraphedLanes, Recorder
 from decode.request import DecodeRequest
-from decode.step_inputs import PAGES_MIN, StepInputs, bucket_of
+from decode.step_inputs import StepInputs, bucket_of
 from kernels.model.attention import LatentAttention
 from kernels.model.latent_cache import LatentCache
 from kernels.model.moe import RoutedExperts
+from kernels.model.pages import pages_for
 from kernels.model.transformer import Lane, Transformer, run_lanes
 
 LANE_REQUESTS_MIN = 4  # fewer are not worth a second round of dispatches
+SHORT_PAGES = 64  # 4,096 tokens
 
 
 class DecodeStep:
@@ -32,16 +34,18 @@ class DecodeStep:
         self.micro_batches = micro_batches
         self._graphs = None
         if make_recorder is not None:
-            self._graphs = GraphedLanes(self._lane_of, transformer.routed, make_recorder)
+            # what is beyond a request's own pages costs attention next to nothing
+            longest = min(pages_for(transformer.config.positions_max), cache.pool.pages_count)
+            levels = sorted({min(SHORT_PAGES, longest), longest})
+            hidden_size = transformer.config.hidden_size
+            self._graphs = GraphedLanes(self._lane_of, transformer.routed, make_recorder, hidden_size, levels)
 
     @torch.inference_mode()
     def prepare(self, requests_max: int) -> None:
-        """Record steps of short contexts, of one to so many requests, before a request waits for it."""
-        if self._graphs is None:
-            return
-        for rows in sorted({bucket_of(rows) for rows in range(1, requests_max + 1)}, reverse=True):
-            for number in range(self.micro_batches):
-                self._graphs.prepare(number, StepInputs.blank(rows, PAGES_MIN, self.transformer.device))
+        """Record the steps of one to so many requests, the largest first, before a request waits for it."""
+        if self._graphs is not None:
+            sizes = lane_sizes(requests_max, self.micro_batches)
+            self._graphs.prepare(sorted(sizes, reverse=True), self.transformer.device)
 
     @torch.inference_mode()
     def run(self, batch: Sequence[DecodeRequest]) -> torch.Tensor:
@@ -65,3 +69,10 @@ class DecodeStep:
             return attention.absorb(queries, self.cache.pages_of(layer), inputs.pages, inputs.lengths)
 
         return self.transformer.lane(self.transformer.embed(inputs.token_ids), attend, routed)
+
+
+def lane_sizes(requests_max: int, micro_batches: int) -> set[tuple[int, int]]:
+    """(lane, recorded rows) of every batch of up to so many requests."""
+    batches = (list(range(count)) for count in range(1, requests_max + 1))
+    parts = (enumerate(split_evenly(batch, micro_batches, LANE_REQUESTS_MIN)) for batch in batches)
+    return {(number, bucket_of(len(part))) for batch in parts for number, part in batch}

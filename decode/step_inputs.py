@@ -8,8 +8,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from decode.request import DecodeRequest
 
-PAGES_MIN = 16  # of a recorded step: 1,024 tokens
-PAGES_FACTOR = 4
 ROWS_STEP = 8
 
 
@@ -48,31 +46,12 @@ class StepInputs:
         """Requests that are nobody's: their latents are written nowhere."""
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         pages = torch.zeros(rows, pages_count, dtype=torch.int32, device=device)
-        return cls(zeros, zeros, zeros - 1, pages, torch.ones_like(zeros, dtype=torch.int32))
+        return cls(zeros, zeros.clone(), zeros - 1, pages, torch.ones_like(zeros, dtype=torch.int32))
 
     @property
     def requests_count(self) -> int:
         """Rows."""
         return len(self.token_ids)
-
-    def bucket(self) -> tuple[int, int]:
-        """Requests and pages of the recorded step that these fit."""
-        pages_count = PAGES_MIN
-        while pages_count < self.pages.shape[1]:
-            pages_count *= PAGES_FACTOR  # what is beyond a request's own pages costs next to nothing
-        return bucket_of(self.requests_count), pages_count
-
-    def padded(self, rows: int, pages_count: int) -> "StepInputs":
-        """Memory for `rows` requests of so many pages, filled with these."""
-        wide = StepInputs(
-            self.token_ids.new_empty(rows),
-            self.positions.new_empty(rows),
-            self.slots.new_empty(rows),
-            self.pages.new_zeros(rows, pages_count),
-            self.lengths.new_empty(rows),
-        )
-        wide.fill(self)
-        return wide
 
     def fill(self, inputs: "StepInputs") -> None:
         """Take other requests' rows; those beyond are the first one's, whose latent is written once."""

@@ -10,11 +10,10 @@ import threading
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from experts.config import DispatchConfig
@@ -29,6 +28,7 @@ from experts.messages import (
     Placement,
 )
 from experts.route import Route, ShardSlots
+from kernels.model.host_copies import brought
 from kernels.ops.mix import mix
 from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelError, ChannelTimeout, FrameMalformed
@@ -51,6 +51,8 @@ class Part:
     address: str
     channel: StreamChannel
     share: ShardSlots
+    tokens: torch.Tensor
+    """Those that the shard needs, ascending int64, beside the hidden states."""
     outputs: torch.Tensor
     done: bool = False
     refusal: str | None = None
@@ -79,7 +81,7 @@ class Call:
     def combine(self) -> torch.Tensor:
         """Wait for all shards and mix, `[tokens, hidden]` float32; raises ExpertsUnavailable."""
         self.experts.finish(self)
-        return mix(self.outputs, self.expert_weights, self.order.to(self.outputs.device))
+        return mix(self.outputs, self.expert_weights, self.order)
 
 
 class RemoteExperts:
@@ -191,8 +193,12 @@ class RemoteExperts:
         call_id = next(self._call_ids)
         call.order, shares = route.split(call.layer, call.expert_ids, call_id, self._down())
         call.outputs = call.hidden.new_empty(len(call.order), call.hidden.shape[1])
+        call.order, tokens = indices_beside(call.hidden, call.order, shares)
         # all channels first: nobody computes in vain for a call of which one shard cannot be reached
-        call.parts = [self._part(route.addresses[share.shard], share, call) for share in shares]
+        call.parts = [
+            self._part(route.addresses[share.shard], share, some, call)
+            for share, some in zip(shares, tokens, strict=True)
+        ]
         for part in call.parts:
             self._send_part(part, call, route, call_id * SHARDS_MAX + part.share.shard)
         for part in call.parts:
@@ -200,7 +206,7 @@ class RemoteExperts:
                 with self._patience(part, call) as patience_s:
                     part.channel.flush(patience_s)
 
-    def _part(self, address: str, share: ShardSlots, call: Call) -> Part:
+    def _part(self, address: str, share: ShardSlots, tokens: torch.Tensor, call: Call) -> Part:
         channel = self._channels.get(address)
         if channel is None:
             timeout_s = min(CONNECT_TIMEOUT_S, max(call.end_s - time.monotonic(), RETRY_S))
@@ -210,13 +216,13 @@ class RemoteExperts:
                 self._pass_over(address)
                 raise
             self._channels[address] = channel
-        return Part(address, channel, share, call.outputs[share.slots])
+        return Part(address, channel, share, tokens, call.outputs[share.slots])
 
     def _send_part(self, part: Part, call: Call, route: Route, part_id: int) -> None:
         """Send what a shard needs, under a number by which its answer finds the part while its call lives."""
         self._parts[part_id] = part
         share = part.share
-        hidden = only_needed(call.hidden, share.tokens)
+        hidden = only_needed(call.hidden, part.tokens)
         slots = (share.experts, share.counts)
         header = DispatchHeader(part_id, route.epoch, call.layer, len(hidden), *slots, call.place)
         try:
@@ -321,8 +327,18 @@ class RemoteExperts:
             self._channels.pop(address).close()
 
 
-def only_needed(hidden: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
+def indices_beside(
+    hidden: torch.Tensor, order: torch.Tensor, shares: Sequence[ShardSlots]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A dispatch's order and each share's tokens where the hidden states are, in one copy not awaited."""
+    parts = [order, *(torch.from_numpy(share.tokens) for share in shares)]
+    if hidden.device.type != "cpu":
+        parts = brought(parts, hidden.device).split([len(part) for part in parts])
+    return parts[0], list(parts[1:])
+
+
+def only_needed(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The `tokens` of `hidden [tokens, hidden]`, contiguous; not copied where that is all of them."""
     if len(tokens) == len(hidden):
         return hidden.contiguous()
-    return hidden[torch.from_numpy(tokens).to(hidden.device)]
+    return hidden[tokens]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from experts.busy import BusyTime
 from experts.config import ShardConfig
 from experts.errors import DispatchRefused
 from experts.holding import Holding
@@ -28,7 +29,7 @@ from experts.messages import (
 from experts.siblings import Siblings, checksum, sources_of
 from experts.weights import ExpertFormat, ExpertWeights, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
-from kernels.model.host_copies import HostCopies, brought
+from kernels.model.host_copies import HostCopies, brought, check_device
 from kernels.ops.backend import runs_kernel
 from kernels.ops.expert_mlp import GatedWeights, compile_expert_mlp, expert_mlp
 from kernels.transport.endpoint import Endpoint
@@ -82,7 +83,7 @@ class ExpertShard:
         self._dispatches_count = 0
         self._refused_count = 0
         self._fetched_count = 0
-        self._busy_s = 0.0
+        self._busy = BusyTime(self._device)
         self.spans = SpanLog()
         self._endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame)
         self._thread: threading.Thread | None = None
@@ -198,7 +199,7 @@ class ExpertShard:
             fetched_count=self._fetched_count,
             refused_count=self._refused_count + self._endpoint.counts.refused_peers_count,
             load=self.load.table(),
-            busy_s=self._busy_s,
+            busy_s=self._busy.seconds,
         )
 
     def close(self) -> None:
@@ -210,11 +211,19 @@ class ExpertShard:
         self._endpoint.close()
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._step_awake()
-            except Exception:
-                logger.exception("%s: a step failed; nodes will ask again", self.config.name)
+        try:
+            while not self._stopping:
+                self._try_step()
+        except RuntimeError:
+            logger.exception("%s: its GPU has failed for good, and it leaves", self.config.name)
+            self._endpoint.close()  # so that nodes see at once that nobody computes here
+
+    def _try_step(self) -> None:
+        try:
+            self._step_awake()
+        except Exception:
+            logger.exception("%s: a step failed; nodes will ask again", self.config.name)
+            check_device(self._device)
 
     def _step_awake(self) -> None:
         """Wait for dispatches: awake just after one, since a core that slept computes slowly for a while."""
@@ -285,14 +294,15 @@ class ExpertShard:
         self._dispatches_count += len(dispatches)
         begin_s = time.monotonic()
         try:
-            outputs = self._compute(layer, dispatches)
+            with self._busy.measured():
+                outputs = self._compute(layer, dispatches)
         except Exception:
             logger.exception("%s: layer %s could not be computed", self.config.name, layer)
             for dispatch in dispatches:
                 self._refuse(dispatch.channel, dispatch.header, "the shard failed to compute it")
+            check_device(self._device)
             return
         end_s = time.monotonic()
-        self._busy_s += end_s - begin_s
         for dispatch, output in zip(dispatches, outputs, strict=True):
             on_device = dispatch.channel.carries_tensors
             part = output if on_device else as_bytes(self._copies.begin(output).wait())

@@ -20,7 +20,7 @@ from decode.messages import (
 )
 from experts.errors import ExpertsError
 from experts.messages import DispatchReport
-from kernels.model.host_copies import HostCopies, HostCopy
+from kernels.model.host_copies import HostCopies, HostCopy, check_device
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
 from kernels.model.transformer import Transformer
@@ -81,7 +81,7 @@ class PrefillNode:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self.endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame, self._on_closed)
-        self.outbox = Outbox(self.endpoint, self._transfer_failed)
+        self.outbox = Outbox(self.endpoint, self._transfer_failed, transformer.device)
 
     @property
     def is_alive(self) -> bool:
@@ -174,7 +174,7 @@ class PrefillNode:
             logger.exception("%s: a step failed", self.config.name)
             for request in self.batcher.everyone():
                 self._fail(request, "internal", "the prefill node failed", retryable=True)
-            self.cache.check_device()  # where it raises, this node leaves
+            check_device(self.cache.latents.device)  # where it raises, this node leaves
 
     # what comes in, on the endpoint's thread
 

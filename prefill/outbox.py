@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from decode.messages import DOWN as DECODE_DOWN
 from decode.messages import FirstToken, Latents, checksum
 from kernels.model.host_copies import HostCopy, own_stream
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 2.0
 UNSENT_BYTES_MAX = 128 << 20  # on one channel, before the outbox waits for the decode node
 UNSENT_TIMEOUT_S = 10.0
+QUEUED_BYTES_MAX = 1 << 30  # of all parcels together, before who computes them waits
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,26 @@ class Parcel:
     latents: HostCopy | None
     token_id: int = -1
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it keeps."""
+        return 0 if self.latents is None else self.latents.tensor.nbytes
+
 
 class Outbox:
     """Sends parcels to the decode nodes that their requests have reservations on."""
 
-    def __init__(self, endpoint: Endpoint, on_failed: Callable[[PrefillRequest], None]):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        on_failed: Callable[[PrefillRequest], None],
+        device: torch.device = HOST,
+    ):
+        """Latents come from `device`."""
         self.sent_bytes = 0
+        self._device = device
+        self._queued_bytes = 0
+        self._room = threading.Condition()
         self._endpoint = endpoint
         self._on_failed = on_failed
         self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
@@ -53,10 +71,15 @@ class Outbox:
         self._thread: threading.Thread | None = None
 
     def put(self, parcel: Parcel) -> None:
-        """Queue a parcel; its latents must not change any more."""
+        """Queue a parcel, when there is room for it; its latents must not change any more."""
+        with self._room:
+            self._queued_bytes += parcel.size_bytes
         self._parcels.put(parcel)
         if self._thread is None:
             self.send_all()
+            return
+        with self._room:  # who computes faster than anybody takes waits, and does not run out of memory
+            self._room.wait_for(lambda: self._queued_bytes <= QUEUED_BYTES_MAX, UNSENT_TIMEOUT_S)
 
     def start(self) -> None:
         """Send in a thread of its own until closed."""
@@ -66,7 +89,9 @@ class Outbox:
     def send_all(self) -> None:
         """Send what is queued now, on the caller's thread."""
         while not self._parcels.empty():
-            self._send(self._parcels.get())
+            parcel = self._parcels.get()
+            self._leave(parcel)
+            self._send(parcel)
 
     def forget(self, channel: StreamChannel) -> list[str]:
         """Connect anew to a decode node whose channel has closed; its address, if it was one."""
@@ -84,13 +109,20 @@ class Outbox:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        with own_stream():  # so that what leaves waits for its own computing alone
+        with own_stream(self._device):  # so that what leaves waits for its own computing alone
             while (parcel := self._parcels.get()) is not None:
                 try:
                     self._send(parcel)
                 except Exception:
                     logger.exception("%s: latents could not be sent", self._endpoint.name)
                     self._on_failed(parcel.request)
+                finally:
+                    self._leave(parcel)
+
+    def _leave(self, parcel: Parcel) -> None:
+        with self._room:
+            self._queued_bytes -= parcel.size_bytes
+            self._room.notify_all()
 
     def _send(self, parcel: Parcel) -> None:
         if parcel.request.is_dropped:

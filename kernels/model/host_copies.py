@@ -59,9 +59,15 @@ def brought(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor
     return torch.cat(list(parts), out=whole).to(device, non_blocking=True)
 
 
-def own_stream() -> AbstractContextManager:
-    """What the calling thread gives its GPU meanwhile waits for nothing that other threads gave it."""
-    return torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext()
+def check_device(device: torch.device) -> None:
+    """Raises RuntimeError if a device has failed for good, as a GPU does after some errors."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def own_stream(device: torch.device) -> AbstractContextManager:
+    """What the calling thread gives a GPU meanwhile waits for nothing that other threads gave it."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def host_memory(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -61,11 +61,6 @@ class LatentCache:
         """One layer's latents `[pages, 64, row]`, a view."""
         return self.latents[layer].unflatten(0, (-1, PAGE_TOKENS))
 
-    def check_device(self) -> None:
-        """Raises RuntimeError if the device has failed for good, as a GPU does after some errors."""
-        if self.latents.is_cuda:
-            torch.cuda.synchronize(self.latents.device)
-
     def read(self, layer: int, slots: "slice | torch.Tensor") -> torch.Tensor:
         """Rows `[tokens, row]` of some slots of one layer; a view where they lie in a row."""
         return self.latents[layer][slots]

@@ -71,3 +71,7 @@ class ReplayingRecorder:
                 deed()
 
         return replay
+
+    def abandon(self) -> None:
+        """Stop noting."""
+        self.end()

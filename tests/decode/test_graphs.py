@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from decode.graphs import GraphedLanes, run_through
+from decode.graphs import GraphedLanes, Rehearsal, run_through
 from decode.messages import ReservePages, SamplingParameters
 from decode.request import DecodeRequest
-from decode.step import DecodeStep
-from decode.step_inputs import PAGES_MIN, StepInputs, bucket_of
+from decode.step import DecodeStep, lane_sizes
+from decode.step_inputs import StepInputs, bucket_of
 from experts.local import LocalExperts
 from kernels.model.latent_cache import LatentCache
-from kernels.model.pages import PAGE_TOKENS
+from kernels.model.pages import PAGE_TOKENS, pages_for
 from kernels.ops.backend import kernels_forced
 from tests.decode.replaying import ReplayingRecorder
 
@@ -63,22 +63,24 @@ def test_a_recorded_step_is_the_step_for_any_requests_of_its_size(transformer, c
     plain = DecodeStep(plugged, cache, 1)
     recorded = DecodeStep(plugged, cache, 1, ReplayingRecorder)
     with kernels_forced():
-        for lengths in ((70, 3, 130), (65, 64), (5, 1, 128, 200)):
+        recorded._graphs.prepare([(0, 4)], plugged.device)
+        for lengths in ((70, 3, 130), (5, 1, 128, 200)):
             requests = drawn_requests(cache, *lengths)
             before = cache.latents.clone()
             expected, written = plain.run(requests), cache.latents.clone()
             cache.latents.copy_(before)
             assert torch.equal(recorded.run(requests), expected)
             assert torch.equal(cache.latents, written)
-    assert len(recorded._graphs._tapes) == 2
+    assert len(recorded._graphs._tapes) == 1
     if is_far:
-        assert set(routed.tokens_counts) == {2, 3, 4}, "nobody sends what only fills a recorded size"
+        assert set(routed.tokens_counts) == {3, 4}, "nobody sends what only fills a recorded size"
 
 
 def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache):
     plugged = transformer.plugged_into(Afar(transformer.routed))
     plain, recorded = DecodeStep(plugged, cache, 2), DecodeStep(plugged, cache, 2, ReplayingRecorder)
     with kernels_forced():
+        recorded._graphs.prepare([(1, 4), (0, 4)], plugged.device)
         requests = drawn_requests(cache, *range(40, 48))
         expected = plain.run(requests)
         assert torch.equal(recorded.run(requests), expected)
@@ -89,49 +91,80 @@ def test_steps_of_every_size_are_recorded_before_the_first_request(transformer, 
     recorded = DecodeStep(transformer.plugged_into(Afar(None)), cache, 2, ReplayingRecorder)
     before = cache.latents.clone()
     with kernels_forced():
-        recorded.prepare(requests_max=3)
-    assert sorted(recorded._graphs._tapes) == [(n, rows, PAGES_MIN) for n in (0, 1) for rows in (1, 2, 4)]
+        recorded.prepare(requests_max=2)
+    levels = min(PAGES_COUNT, pages_for(transformer.config.positions_max))
+    assert sorted(recorded._graphs._tapes) == [(0, rows, levels) for rows in (1, 2)]
     assert torch.equal(cache.latents, before), "nobody's latents are written nowhere"
 
 
-def test_sizes_grow_by_powers_of_two_and_then_by_eights():
+def test_sizes_are_those_that_lanes_can_have():
     assert [bucket_of(rows) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64)] == [1, 2, 4, 8, 8, 16, 16, 24, 64]
-    for width, pages_count in ((1, 16), (16, 16), (17, 64), (65, 256)):
-        assert StepInputs.blank(3, width, torch.device("cpu")).bucket() == (4, pages_count)
+    assert lane_sizes(3, 2) == {(0, 1), (0, 2), (0, 4)}
+    assert lane_sizes(24, 2) == {(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (1, 4), (1, 8), (1, 16)}
 
 
-def test_a_size_is_recorded_once():
-    recordings = []
+class Counting:
+    """A recorder that counts beginnings, and fails from one of them on."""
 
-    class Recorder:
-        """Notes when it begins."""
+    def __init__(self, fails_from: int = 1000):
+        self.begun_count, self.abandoned_count, self.fails_from = 0, 0, fails_from
 
-        def begin(self):
-            """Note it."""
-            recordings.append(1)
+    def begin(self):
+        """One more."""
+        self.begun_count += 1
+        if self.begun_count >= self.fails_from:
+            raise RuntimeError("out of memory")
 
-        def end(self):
-            """Nothing to play."""
-            return lambda: None
+    def end(self):
+        """Nothing to play."""
+        return lambda: None
 
-    def make_lane(inputs, routed):
-        pending = routed.dispatch(0, inputs.token_ids[:, None].float(), inputs.pages, inputs.lengths)
-        yield
-        return pending.combine()
+    def abandon(self):
+        """Note it."""
+        self.abandoned_count += 1
 
-    graphs = GraphedLanes(make_lane, Afar(None), Recorder)
-    for count in (3, 4, 3, 9, 16, 12):
-        pages = torch.zeros(count, 1, dtype=torch.int32)
-        ones = torch.ones(count, dtype=torch.int64)
-        graphs.lane(0, StepInputs(ones, ones, ones, pages, ones.int()))
-    assert len(recordings) == 2 * 3, "three pieces for each of two sizes"
+
+def one_layer(inputs, routed):
+    """A lane that goes to experts once."""
+    pending = routed.dispatch(0, inputs.token_ids[:, None].float(), inputs.pages, inputs.lengths)
+    yield
+    return pending.combine()
+
+
+class Doubling:
+    """Experts that answer at once."""
+
+    is_recordable = False
+
+    def dispatch(self, layer, hidden, expert_ids, expert_weights):
+        """As the socket has it."""
+        return Rehearsal(2 * hidden)
+
+
+def test_what_cannot_be_recorded_is_computed_as_it_comes():
+    recorder = Counting(fails_from=5)
+    graphs = GraphedLanes(one_layer, Doubling(), lambda: recorder, 1, (16, 64))
+    graphs.prepare([(0, 4), (0, 2)], torch.device("cpu"))
+    assert list(graphs._tapes) == [(0, 4, 16)] and recorder.abandoned_count == 1
+    inputs = StepInputs.blank(2, 3, torch.device("cpu"))
+    inputs.token_ids.fill_(7)
+    assert run_through(graphs.lane(0, inputs)).tolist() == [[14.0], [14.0]]
+
+
+def test_longer_tables_go_by_the_next_level_and_the_longest_by_none():
+    graphs = GraphedLanes(one_layer, Doubling(), Counting, 1, (16, 64))
+    graphs.prepare([(0, 2)], torch.device("cpu"))
+    played = [
+        graphs.lane(0, StepInputs.blank(2, width, torch.device("cpu"))).gi_code.co_name
+        for width in (1, 16, 17, 64, 65)
+    ]
+    assert played == ["play"] * 4 + ["one_layer"]
 
 
 def test_what_fills_a_size_is_written_nowhere():
     ones = torch.arange(1, 4)
-    inputs = StepInputs(ones, ones, ones, torch.ones(3, 2, dtype=torch.int32), ones.int())
-    wide = inputs.padded(*inputs.bucket())
-    assert wide.requests_count == 4 and wide.pages.shape == (4, 16)
+    wide = StepInputs.blank(4, 16, torch.device("cpu"))
+    wide.fill(StepInputs(ones, ones, ones, torch.ones(3, 2, dtype=torch.int32), ones.int()))
     assert wide.slots.tolist() == [1, 2, 3, -1] and wide.token_ids.tolist() == [1, 2, 3, 1]
     wide.fill(StepInputs(ones[:1] * 9, ones[:1], ones[:1], torch.full((1, 3), 7).int(), ones[:1].int()))
     assert wide.token_ids.tolist() == [9] * 4 and wide.slots.tolist() == [1, -1, -1, -1]

@@ -31,6 +31,7 @@ class Wire:
     """A channel as the inbox knows it: something to tell from others."""
 
     peer: str = "prefill-0"
+    is_quiet: bool = True
 
 
 class Place:
@@ -280,6 +281,34 @@ def test_pages_that_a_frame_is_written_to_are_kept_until_it_ends(place, cause, e
     assert place.begin(latents, begin=64) is None, "a request that is over took another frame"
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_pages_that_a_gpu_may_still_write_to_are_never_given_away(place, cancelled, caplog):
+    place.reserve()
+    place.reserve("other")
+    kept = set(place.request().pages)
+    place.begin(torch.randn(64, DIM))
+    if cancelled:
+        place.inbox.cancel("r", 1)
+    place.prefill.is_quiet = False
+    lost = place.inbox.channel_closed(place.prefill)
+    assert [request.asked.request_id for request in lost] == ([] if cancelled else ["r"])
+    assert "2 pages of r stay leased" in caplog.text
+    place.inbox.cancel("other", 1)
+    assert (place.counts(), place.inbox.pages_count) == ((PAGES - 2, 2), 0)
+    place.reserve("next", tokens=64 * (PAGES - 2) - 20)
+    assert not set(place.request("next").pages) & kept
+    assert place.inbox.channel_closed(place.prefill) == []
+    assert place.counts() == (0, PAGES)
+
+
+def test_a_channel_that_is_not_quiet_keeps_no_pages_between_frames(place):
+    place.reserve()
+    place.bring(torch.randn(64, DIM))
+    place.prefill.is_quiet = False
+    assert len(place.inbox.channel_closed(place.prefill)) == 1
+    assert place.counts() == (PAGES, 0)
+
+
 def test_cancel_of_an_older_generation_is_not_heard(place):
     place.reserve(generation=2)
     assert not place.inbox.cancel("r", 1)
@@ -339,6 +368,7 @@ class InboxStory(RuleBasedStateMachine):
         self.wires = [Wire("0"), Wire("1")]
         self.half: dict[int, tuple[list, torch.Tensor, set[int]]] = {}
         self.running: list = []
+        self.kept: list[set[int]] = []
         self.generations = dict.fromkeys("abc", 0)
 
     @rule(name=names, tokens=st.integers(1, 150), gateway=channels)
@@ -385,8 +415,11 @@ class InboxStory(RuleBasedStateMachine):
     def cancel(self, name, back):
         self.place.inbox.cancel(name, self.generations[name] - back)
 
-    @rule(wire=channels)
-    def close(self, wire):
+    @rule(wire=channels, quiet=st.booleans())
+    def close(self, wire, quiet):
+        self.wires[wire].is_quiet = quiet
+        if wire in self.half and not quiet:
+            self.kept.append(self.half[wire][2])
         self.half.pop(wire, None)
         self.place.inbox.channel_closed(self.wires[wire])
         self.place.inbox.cancel_of(self.wires[wire])
@@ -403,7 +436,7 @@ class InboxStory(RuleBasedStateMachine):
         waiting = [set(request.pages) for request in self.place.inbox._waiting.values()]
         running = [set(request.pages) for request in self.running]
         writing = [pages for _, _, pages in self.half.values()]
-        distinct = waiting + running + [pages for pages in writing if pages not in waiting]
+        distinct = waiting + running + self.kept + [pages for pages in writing if pages not in waiting]
         assert sum(map(len, distinct)) == len(set().union(*distinct)), "a page has two owners"
         assert self.place.cache.pool.pages_leased_count == len(set().union(*distinct))
 

@@ -43,5 +43,3 @@ def test_another_layout_than_the_inboxs_is_refused(transformer):
     assert len(stage.gateway.tokens("odd")) == 1, "no more than the token that prefill gives"
     stage.close()
     other.close()
-
-

@@ -7,7 +7,6 @@ from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -216,8 +215,8 @@ def test_several_nodes_at_once_get_their_own_bits(group_of, remote_with, local):
 
 def test_shards_get_only_the_tokens_they_need():
     hidden = torch.randn(10, 4)
-    assert torch.equal(only_needed(hidden, np.array([2, 7])), hidden[[2, 7]])
-    assert only_needed(hidden, np.arange(10)) is hidden
+    assert torch.equal(only_needed(hidden, torch.tensor([2, 7])), hidden[[2, 7]])
+    assert only_needed(hidden, torch.arange(10)) is hidden
 
 
 def test_a_shard_that_comes_back_elsewhere_is_found_there(group_of, shard_at, remote_with, local):
