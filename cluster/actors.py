@@ -10,7 +10,7 @@ import torch
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, Member, View
-from cluster.place import Place, device_of
+from cluster.place import Place, check_numbers, device_of
 from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
 from cluster.tracing import start_tracing, stop_tracing
 from experts.config import ShardConfig
@@ -53,6 +53,7 @@ class NodeActor:
     def _load(self) -> None:
         checkpoint = Checkpoint(self._place.config.model.folder)
         device = device_of(self._place.config)
+        check_numbers(checkpoint.config, self._place.config, device)
         self._transformer = Transformer.from_checkpoint(
             checkpoint,
             compute_dtype(self._place),

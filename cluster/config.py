@@ -207,9 +207,7 @@ class TransportSection(Section):
         description="for tcp: where nodes and shards listen; auto: this host's address on the way to others",
     )
     tensors: Literal["host", "nccl", "cuda-ipc"] = Field(
-        "host",
-        description="by what latents and experts' tokens go between GPUs: the memory of hosts; nccl; "
-        "cuda-ipc, where all is on one GPU",
+        "host", description="how tensors go between GPUs: by hosts' memory; nccl; cuda-ipc, on one GPU"
     )
     secret_file: ResolvedPath | None = Field(
         None, description="file with the secret that channels ask for; empty: a new one with each start"
@@ -313,6 +311,8 @@ class ClusterConfig(Section):
     def _somebody_reads_prompts(self) -> "ClusterConfig":
         if self.prefill.count == 0 and not self.decode.reads_prompts:
             raise ValueError("prefill.count may be 0 only with decode.reads_prompts")
+        if self.decode.reads_prompts and self.transport.tensors != "host":
+            raise ValueError("decode.reads_prompts, two nodes on one GPU, wants transport.tensors: host")
         return self
 
     def with_overrides(

@@ -19,6 +19,7 @@ from kernels.ops.latent_format import packed_bytes
 from kernels.transport.connect import own_host
 
 ACTORS_MAX = 1024
+FLOAT32_HEADS_MAX = 16
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -131,6 +132,18 @@ def device_of(config: ClusterConfig) -> str:
             remedy="Give each pool resources, such as {GPU: 1}, where hosts have them; or set device: auto.",
         )
     return "cuda" if has_gpu and config.model.device != "cpu" else "cpu"
+
+
+def check_numbers(model: ModelConfig, config: ClusterConfig, device: str) -> None:
+    """Attention in float32 over V3's many heads has no room on a GPU's processor; raises InvalidConfig."""
+    if device == "cuda" and config.model.compute_dtype == "float32" and model.heads_count > FLOAT32_HEADS_MAX:
+        raise InvalidConfig(
+            reason="FLOAT32_ON_GPU",
+            message=f"float32 on a GPU is for {FLOAT32_HEADS_MAX} heads, the model has {model.heads_count}",
+            field="model.compute_dtype",
+            limit=str(FLOAT32_HEADS_MAX),
+            remedy="Set compute_dtype: bfloat16, or device: cpu.",
+        )
 
 
 def latent_bytes(model: ModelConfig, config: ClusterConfig) -> int:

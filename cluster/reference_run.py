@@ -15,7 +15,7 @@ from cluster.config import check_config
 from cluster.errors import TriviumError
 from cluster.events import RoutedRequest
 from cluster.model_folder import open_checkpoint
-from cluster.place import context_tokens_max, device_of
+from cluster.place import check_numbers, context_tokens_max, device_of
 from cluster.reference import Generation, Reference, RequestRefused
 from cluster.requests import error_values, from_json
 from cluster.show import printable
@@ -59,6 +59,7 @@ def print_answer(config_json: str, request_json: str, json_output: bool) -> None
         context_tokens_max(checkpoint.config, config),
         config.gateway.tokens_max_default,
     )
+    check_numbers(checkpoint.config, config, device_of(config))
     valid = validate(from_json(request_json), limits, 0, tokenizer)
     torch.set_num_threads(config.threads_per_actor)
     with Progress(console=console, transient=True) as progress:

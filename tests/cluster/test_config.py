@@ -98,6 +98,7 @@ def test_an_unknown_key_is_told_before_the_one_it_should_have_been(tmp_path):
         ("gateway: {host: 'a b'}", "gateway.host", "pattern"),
         ("prefill: {count: -1}", "prefill.count", "0"),
         ("prefill: {count: 0}", "the file", "reads_prompts"),
+        ("decode: {reads_prompts: true}\ntransport: {tensors: nccl}", "the file", "host"),
         ("prefill: {latents_bytes: 12 cows}", "prefill.latents_bytes", "256MiB"),
         ("decode: {latents_bytes: 1KiB}", "decode.latents_bytes", "1048576"),
         ("decode: {micro_batches: 3}", "decode.micro_batches", "1 or 2"),

@@ -1,5 +1,6 @@
 """What every actor is told: secrets out of files or new ones, and where members listen."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 from cluster import place as place_module
 from cluster.config import check_config
 from cluster.errors import InvalidConfig
-from cluster.place import Place, context_tokens_max, device_of, expert_bytes, latent_bytes, make_place
+from cluster.place import (
+    Place,
+    check_numbers,
+    context_tokens_max,
+    device_of,
+    expert_bytes,
+    latent_bytes,
+    make_place,
+)
 from kernels.model.checkpoint import Checkpoint
 from kernels.model.config import ModelConfig, WeightFormat
 
@@ -112,3 +121,19 @@ def test_tensors_from_other_gpus_have_an_address_of_their_own(tmp_path, tensors,
     place = made(tmp_path, transport={"tensors": tensors})
     assert place.tensors_address("decode-1") == address
     assert place.address("decode-1") == "unix:///a/folder/decode-1.sock"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads_count", "device", "is_refused"),
+    [
+        ("float32", 128, "cuda", True),
+        ("float32", 16, "cuda", False),
+        ("float32", 128, "cpu", False),
+        ("bfloat16", 128, "cuda", False),
+    ],
+)
+def test_float32_on_a_gpu_is_for_few_heads(tmp_path, dtype, heads_count, device, is_refused):
+    config = made(tmp_path, model={"folder": str(FOLDER.resolve()), "compute_dtype": dtype}).config
+    model = replace(Checkpoint(FOLDER).config, heads_count=heads_count)
+    with pytest.raises(InvalidConfig, match="float32") if is_refused else nullcontext():
+        check_numbers(model, config, device)

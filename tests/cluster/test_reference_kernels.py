@@ -17,7 +17,7 @@ from kernels.ops.backend import kernels_forced
 from tests.checkpoints import build, random_prompt
 
 SAMPLING = SamplingParameters(temperature=0.0, tokens_max=3, ignore_eos=True)
-LENGTHS = (70, 5)
+LENGTHS = (66, 3)
 
 
 def tokens_of(checkpoint: Checkpoint, packs: bool, device: str) -> list[list[int]]:

@@ -28,6 +28,7 @@ TOPOLOGIES = {
 }
 ALONE_COUNT = 4
 TOGETHER_COUNT = 32
+PACKED_COUNT = 12
 
 
 def prompts() -> list[tuple[int, ...]]:
@@ -83,10 +84,10 @@ def test_same_tokens_alone_and_among_others(topology, stage, checkpoint, truth):
 
 def test_latents_kept_and_sent_as_fp8_give_the_tokens_of_one_process_that_does_so(stage, checkpoint, truth):
     folder = checkpoint(NAME)
-    requests = [requested(index, prompt) for index, prompt in enumerate(prompts())]
+    requests = [requested(index, prompt) for index, prompt in enumerate(prompts()[:PACKED_COUNT])]
     address = stage.cluster(folder, model={"folder": str(folder), "latents": "fp8"}, decode={"count": 2})
-    expected = answers_alone(folder, packs_latents=True)
-    assert expected != truth, "FP8 changes no token: this test shows nothing"
+    expected = answers_alone(folder, packs_latents=True)[:PACKED_COUNT]
+    assert expected != truth[:PACKED_COUNT], "FP8 changes no token: this test shows nothing"
     assert_same(all_tokens(address, requests), expected)
 
 
