@@ -12,6 +12,9 @@ class Channel(Protocol):
     carries_tensors: bool
     """Whether parts may be tensors on the device that it begins at."""
 
+    is_quiet: bool
+    """Whether no transfer touches memory that was sent or chosen any more, also not from a GPU."""
+
     peer: str
     """Name that the peer gave itself; empty before its hello."""
 

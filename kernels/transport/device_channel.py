@@ -25,7 +25,8 @@ class DeviceChannel(DeviceWire):
     """A stream channel that carries contiguous tensors of one GPU as parts too.
 
     Its owner uses it as any channel. What was given to `send` must stay unchanged until `flush`, and what was
-    chosen to receive into is its owner's again when the frame is here whole, or when `close` has returned.
+    chosen to receive into is its owner's again when the frame is here whole, or when `close` has returned and
+    the channel is quiet: tensors that nobody else holds are kept for so long, other memory its owner keeps.
     """
 
     carries_tensors = True

@@ -122,8 +122,16 @@ class DeviceWire(StreamChannel):
         """Descriptor to wait on; -1 once closed."""
         return self._bell.fileno()
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no GPU touches memory of a transfer: none is under way, or the link has been aborted."""
+        return self._quiet.is_set() or not self._transfers.moving
+
     def close(self) -> None:
-        """End the channel, and wait for GPUs to let go of the memory of transfers under way."""
+        """End the channel, and wait for GPUs to let go of the memory of transfers under way.
+
+        Where they do not in time, it returns nevertheless, and the channel is not quiet.
+        """
         super().close()
         with self._reading:
             pass  # whoever reads has let go of the descriptors

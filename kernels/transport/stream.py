@@ -131,6 +131,7 @@ class StreamChannel:
     """
 
     carries_tensors = False
+    is_quiet = True
 
     def __init__(
         self, sock: socket.socket, limits: FrameLimits | None = None, pending_bytes_max: int = 1 << 30

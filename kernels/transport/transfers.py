@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,9 @@ Post = Callable[[Sequence[torch.Tensor], Any], Work]
 
 class Transfers:
     """Safe from any thread; none waits for another that is inside a call of the link."""
+
+    _kept: ClassVar[list["Transfers"]] = []
+    """Those whose memory a GPU may still use: torch would give it away if nobody held it."""
 
     def __init__(self, link: DeviceLink):
         self.link = link
@@ -115,10 +118,11 @@ class Transfers:
         return min((now_s - transfer.posted_s for transfer in posted if transfer is not None), default=None)
 
     def abort(self) -> bool:
-        """End the link and let go of all memory; False, and nothing let go, where a GPU may still use it."""
+        """End the link and let go of all memory; False, and never let go, where a GPU may still use it."""
         free = self._acting.acquire(timeout=ABORT_WAIT_S)
         try:
             if not self.link.abort():
+                self._kept.append(self)
                 return False
         finally:
             if free:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kernels.model.pages import pages_for
+from kernels.transport import device_wire
 from kernels.transport.connect import LINKS
+from kernels.transport.transfers import Transfers
 from tests.checkpoints import random_prompt
 from tests.fixtures import CHECKPOINT, GREEDY, Stage
-from tests.kernels.transport.stand_in_link import StandInLink
+from tests.kernels.transport.stand_in_link import Behaviour, StandInLink
 
 LENGTHS = (130, 70, 3)
 WAIT_S = 20.0
@@ -91,4 +94,20 @@ def test_what_says_that_it_needs_no_checksum_must_come_from_a_gpu(transformer, m
     stage.settle()
     assert stage.decode.inbox.refused_count and len(stage.gateway.tokens("odd")) == 1
     assert torch.equal(stage.decode.cache.latents.view(torch.uint8).amin(), torch.tensor(255).byte())
+    stage.close()
+
+
+def test_pages_under_a_link_that_cannot_be_aborted_are_never_given_away(transformer, monkeypatch, caplog):
+    for name, value in (("TRANSFER_TIMEOUT_S", 0.05), ("WATCH_S", 0.01), ("QUIET_WAIT_S", 0.05)):
+        monkeypatch.setattr(device_wire, name, value)
+    monkeypatch.setattr(Transfers, "_kept", [])
+    stuck = Behaviour(hangs=True, aborting_fails=True)
+    monkeypatch.setitem(LINKS, "nccl", lambda: StandInLink(stuck))
+    stage = Stage(transformer, latents_address="nccl://127.0.0.1:0")
+    stage.gateway.ask("stuck", random_prompt(CHECKPOINT, 130))
+    run_until(stage, lambda: "pages of stuck stay leased" in caplog.text)
+    assert not len(stage.decode.inbox)
+    stage.settle()
+    stage.decode.cache.pool.check()
+    assert stage.decode.report().pages_leased_count == pages_for(130 + GREEDY.tokens_max)
     stage.close()

@@ -391,6 +391,19 @@ def test_memory_of_a_link_that_cannot_be_aborted_is_kept(pair, behaviour, monkey
     pair.there.close()
     assert "could not be aborted" in caplog.text
     assert pair.there._transfers.receiving
+    assert not pair.there.is_quiet
+
+
+def test_a_channel_is_quiet_but_while_something_moves(pair, behaviour):
+    assert pair.here.is_quiet and pair.there.is_quiet
+    behaviour.delay_s = 3600
+    pair.here.send("late", None, [torch.ones(5)])
+    with pytest.raises(ChannelTimeout):
+        pair.there.receive(0.01)
+    assert not pair.here.is_quiet and not pair.there.is_quiet
+    for channel in (pair.there, pair.here):
+        channel.close()
+        assert channel.is_quiet
 
 
 def test_connecting_again_joins_anew(behaviour):
