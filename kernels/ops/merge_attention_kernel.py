@@ -68,4 +68,5 @@ def _merge_rows(
     sums = first.to(tl.float32) * first_weight[:, None] + second.to(tl.float32) * second_weight[:, None]
     merged = tl.div_rn(sums, tl.broadcast_to(weight[:, None], sums.shape))  # by one: not a bit changes
     tl.store(out + places, to_dtype(merged, out.dtype.element_ty), mask=inside[:, None] & (columns < SIZE))
+    tl.debug_barrier()  # in place: warps may still read the sums that the first of them writes
     tl.store(log_sum_exp + rows, highest + tl.log2(weight) * LN_2, mask=inside)
