@@ -5,6 +5,7 @@ large transfer each way would wait for the other. NCCL has no timeouts: who uses
 operation occupies some of the GPU's processors; where many peers are, bound them by NCCL_MAX_CTAS.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,9 @@ except ImportError:
 
 UNIQUE_ID_BYTES = 128
 ABORT_TIMEOUT_S = 8.0
+ABORT_POLL_S = 0.002
+
+logger = logging.getLogger(__name__)
 
 
 class NcclLink:
@@ -100,17 +104,20 @@ class NcclLink:
                 way.communicator.check_async_error()
 
     def abort(self) -> bool:
-        """Abort both communicators at once: freeing the memory of one may wait for what runs on the other."""
+        """Abort both communicators at once: freeing the memory of one may wait for what runs on the other.
+
+        True once the GPU is past all that was posted: cupy does not say whether NCCL could abort.
+        """
         with self._lock:
             self._aborted = True
             ways = list(self._ways)
-        threads = [threading.Thread(target=way.communicator.abort, daemon=True) for way in ways]
+        threads = [threading.Thread(target=way.abort, daemon=True) for way in ways]
         for thread in threads:
             thread.start()
         end_s = time.monotonic() + ABORT_TIMEOUT_S
         for thread in threads:
             thread.join(max(end_s - time.monotonic(), 0))
-        return not any(thread.is_alive() for thread in threads)
+        return all(way.is_over(end_s) for way in ways)
 
     def _join(self, unique_id: bytes) -> "Way":
         communicator = nccl.NcclCommunicator(2, unique_id, self._rank)
@@ -140,6 +147,7 @@ class Way:
         self._owned = Stream(non_blocking=True)  # torch's own ones are few and shared
         self._stream = torch.cuda.ExternalStream(self._owned.ptr, device=device)
         self._device = device
+        self._aborted = False
 
     def send(self, pieces: Sequence[torch.Tensor], after: torch.cuda.Event | None) -> "Posted":
         """Post sends of uint8 `[bytes]`, of each piece to the peer's piece of the same size."""
@@ -155,6 +163,27 @@ class Way:
         move = self.send if sends else self.receive
         move([byte], mark(self._device))
         self._stream.synchronize()
+
+    def abort(self) -> None:
+        """Abort the communicator, which may hang."""
+        try:
+            self.communicator.abort()
+        except RuntimeError:
+            logger.exception("NCCL could not abort a communicator")
+            return
+        self._aborted = True
+
+    def is_over(self, end_s: float) -> bool:
+        """Whether it is aborted and the GPU past all that was posted, for which it waits until `end_s`."""
+        try:
+            while self._aborted and not self._stream.query():
+                if time.monotonic() >= end_s:
+                    return False
+                time.sleep(ABORT_POLL_S)
+        except RuntimeError:
+            logger.exception("the GPU does not say whether transfers are over")
+            return False
+        return self._aborted
 
     def _post(
         self, call: Callable[..., None], pieces: Sequence[torch.Tensor], after: torch.cuda.Event | None

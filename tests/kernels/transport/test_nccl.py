@@ -48,6 +48,9 @@ class ExternalStream:
     def record_event(self) -> SimpleNamespace:
         return SimpleNamespace(query=lambda: not Communicator.waiting_on(self.cuda_stream))
 
+    def query(self) -> bool:
+        return not Communicator.waiting_on(self.cuda_stream)
+
     def synchronize(self) -> None:
         Communicator.wait_for(self.cuda_stream)
 
@@ -195,6 +198,60 @@ def test_a_communicator_that_comes_after_the_end_is_aborted(library):
         here.open(answer, print)
     other.join(WAIT_S)
     assert here._ways == []
+
+
+def both_joined() -> list[NcclLink]:
+    """Two links whose communicators have met."""
+    here, there = NcclLink(), NcclLink()
+    answer = there.answer(here.offer())
+    opening = threading.Thread(target=there.open, args=(None, print))
+    opening.start()
+    here.open(answer, print)
+    opening.join(WAIT_S)
+    return [here, there]
+
+
+def receive_without_end(link: NcclLink) -> nccl.Posted:
+    return link.receive([torch.zeros(1, dtype=torch.uint8)], "a mark")
+
+
+def test_an_abort_ends_what_was_posted(library):
+    link = both_joined()[0]
+    posted = receive_without_end(link)
+    assert link.abort() and posted.is_done()
+
+
+def test_an_abort_that_fails_is_told(library, monkeypatch, caplog):
+    def fail() -> None:
+        raise RuntimeError("NCCL_ERROR_INTERNAL_ERROR")
+
+    link = both_joined()[0]
+    monkeypatch.setattr(link._ways[1].communicator, "abort", fail)
+    assert not link.abort()
+    assert link._ways[0].communicator.aborted
+    assert "could not abort" in caplog.text
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_an_abort_is_over_when_the_gpu_is_past_what_was_posted(library, monkeypatch, passes):
+    """An abort that ended without a word leaves a receive running; it may end of itself a little later."""
+    monkeypatch.setattr(nccl, "ABORT_TIMEOUT_S", WAIT_S if passes else 0.05)
+    link = both_joined()[0]
+    for way in link._ways:
+        monkeypatch.setattr(way.communicator, "abort", lambda: None)
+    posted = receive_without_end(link)
+    if passes:
+        threading.Timer(0.05, Communicator.posted.clear).start()
+    assert link.abort() == passes == posted.is_done()
+
+
+def test_a_gpu_that_does_not_answer_is_not_past_anything(library, monkeypatch):
+    def fail() -> bool:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    link = both_joined()[0]
+    monkeypatch.setattr(link._ways[0]._stream, "query", fail)
+    assert not link.abort()
 
 
 @pytest.mark.parametrize(
