@@ -1,11 +1,11 @@
 """GPU to GPU by NCCL: a pair of communicators of two ranks for each channel, one for each direction.
 
 Two ranks, so that one death is one death; two communicators, since what is posted to one runs in order, and a
-large transfer each way would wait for the other. NCCL has no timeouts: who uses this aborts what hangs. Every
-operation occupies some of the GPU's processors; where many peers are, bound them by NCCL_MAX_CTAS.
+large transfer each way would wait for the other. NCCL has no timeouts: who uses this aborts what hangs.
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +32,19 @@ except ImportError:
 UNIQUE_ID_BYTES = 128
 ABORT_TIMEOUT_S = 8.0
 ABORT_POLL_S = 0.002
+
+# A transfer holds some of the GPU's processors from when it is posted until it is over, spinning while the peer
+# is late, and a node has two communicators for each peer. With as many blocks (CTAs) for each as NCCL chooses,
+# those that wait could leave no processor to compute on. More are faster where peers are few: what a user has
+# set stays, and beside a user's minimum there is no maximum of ours, to which NCCL would lower it.
+if nccl is not None and "NCCL_MIN_CTAS" not in os.environ:
+    os.environ.setdefault("NCCL_MAX_CTAS", "2")
+
+# Streams share the GPU's work queues, eight by default: what is queued behind a transfer that waits waits too.
+# CUDA reads this once, when a process begins to use the GPU. Nodes and shards load this module before they do;
+# whoever uses the GPU earlier, or wants another number, sets it in the environment that the process starts with.
+if nccl is not None:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 logger = logging.getLogger(__name__)
 

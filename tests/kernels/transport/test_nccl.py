@@ -3,6 +3,9 @@
 import contextlib
 import ctypes
 import itertools
+import os
+import runpy
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -300,6 +303,39 @@ def test_without_cupy_or_a_gpu_the_address_says_so(monkeypatch):
         monkeypatch.setattr(nccl, "nccl", SimpleNamespace(available=True))
         with pytest.raises(DeviceUnavailable, match="needs an NVIDIA GPU"):
             NcclLink()
+
+
+OURS = {"NCCL_MAX_CTAS": "2", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "found"),
+    [
+        ({}, OURS),
+        ({"NCCL_MAX_CTAS": "16"}, OURS | {"NCCL_MAX_CTAS": "16"}),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, OURS | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        ({"NCCL_MIN_CTAS": "4"}, {"NCCL_MIN_CTAS": "4", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
+    ],
+    ids=str,
+)
+def test_transfers_leave_processors_to_compute_on_unless_the_user_says_otherwise(
+    monkeypatch, set_by_user, found
+):
+    environment = dict(set_by_user)
+    cupy = SimpleNamespace(Stream=Stream, nccl=SimpleNamespace(available=True), runtime=None)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cupy))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy)
+    runpy.run_path(nccl.__file__)
+    assert environment == found
+
+
+def test_without_cupy_the_environment_stays_as_it_is(monkeypatch):
+    environment: dict = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    runpy.run_path(nccl.__file__)
+    assert environment == {}
 
 
 needs_nccl = pytest.mark.skipif(
