@@ -33,16 +33,16 @@ UNIQUE_ID_BYTES = 128
 ABORT_TIMEOUT_S = 8.0
 ABORT_POLL_S = 0.002
 
-# A transfer holds some of the GPU's processors from when it is posted until it is over, spinning while the peer
-# is late, and a node has two communicators for each peer. With as many blocks (CTAs) for each as NCCL chooses,
+# A transfer holds some of the GPU's processors from when it is posted until it is over, and spins while the
+# peer is late; a node has two communicators for each peer. With as many blocks (CTAs) for each as NCCL chooses,
 # those that wait could leave no processor to compute on. More are faster where peers are few: what a user has
 # set stays, and beside a user's minimum there is no maximum of ours, to which NCCL would lower it.
 if nccl is not None and "NCCL_MIN_CTAS" not in os.environ:
     os.environ.setdefault("NCCL_MAX_CTAS", "2")
 
-# Streams share the GPU's work queues, eight by default: what is queued behind a transfer that waits waits too.
-# CUDA reads this once, when a process begins to use the GPU. Nodes and shards load this module before they do;
-# whoever uses the GPU earlier, or wants another number, sets it in the environment that the process starts with.
+# Streams share the GPU's work queues, eight by default: what is behind a transfer that waits waits too. CUDA
+# reads this once, when a process begins to use the GPU. Nodes and shards load this module before they do; who
+# uses the GPU earlier, or wants another number, sets it in the environment that the process starts with.
 if nccl is not None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
