@@ -34,7 +34,7 @@ ABORT_TIMEOUT_S = 8.0
 ABORT_POLL_S = 0.002
 
 # A transfer holds some of the GPU's processors from when it is posted until it is over, and spins while the
-# peer is late; a node has two communicators for each peer. With as many blocks (CTAs) for each as NCCL chooses,
+# peer is late; a node has two communicators for each peer. With as many blocks (CTAs) each as NCCL chooses,
 # those that wait could leave no processor to compute on. More are faster where peers are few: what a user has
 # set stays, and beside a user's minimum there is no maximum of ours, to which NCCL would lower it.
 if nccl is not None and "NCCL_MIN_CTAS" not in os.environ:
