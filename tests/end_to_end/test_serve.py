@@ -35,11 +35,16 @@ CONFIG = {
         "inter_token_s": 60.0,  # decode grows by its pages alone
     },
     "prefill": {"count_max": 2, "latents_bytes": "64MiB"},
-    "decode": {"count_max": 2, "latents_bytes": "64MiB"},
+    "decode": {"count_max": 2, "latents_bytes": "256MiB"},
 }
 SCALE_DECODE = "/api/v1/applications/trivium/deployments/decode/scale"
 GROWTH_S, SHRINK_S = 60.0, 90.0
 CHECKED_COUNT = 2
+SEND_GAP_S = 0.03
+PROMPTS_RUNNING = (
+    12  # of 600 tokens: seconds of work for a prefill node, and less than half of decode's pages
+)
+ANSWERS_RUNNING = 60  # of up to 540 tokens: more than decode's pages hold
 PROMPT = ("The place where three roads meet", "--temperature", "0", "--max-tokens", "16", "--json")
 
 
@@ -172,16 +177,17 @@ class Watch:
 
 
 async def burst(
-    address: str, make: Callable[[], RequestedGeneration], gap_s: float, enough: Callable[[], bool]
+    address: str, make: Callable[[], RequestedGeneration], running_count: int, enough: Callable[[], bool]
 ) -> list[tuple[RequestedGeneration, list[int]]]:
-    """Send new requests at a pace until `enough` says so; each one with its tokens."""
+    """Keep so many requests running until `enough` says so; each one with its tokens."""
     async with Client(address) as client:
-        running, requests, end_s = [], [], time.monotonic() + GROWTH_S
+        answers, requests, end_s = [], [], time.monotonic() + GROWTH_S
         while time.monotonic() < end_s and not enough():
-            requests.append(make())
-            running.append(asyncio.create_task(tokens_of(client, requests[-1])))
-            await asyncio.sleep(gap_s)
-        return list(zip(requests, await asyncio.gather(*running), strict=True))
+            if sum(not one.done() for one in answers) < running_count:
+                requests.append(make())
+                answers.append(asyncio.create_task(tokens_of(client, requests[-1])))
+            await asyncio.sleep(SEND_GAP_S)
+        return list(zip(requests, await asyncio.gather(*answers), strict=True))
 
 
 def assert_as_if_alone(address: str, answered: list[tuple[RequestedGeneration, list[int]]]) -> None:
@@ -217,12 +223,12 @@ def test_a_burst_makes_pools_grow_separately_and_come_down_again(serving):
         lambda: (targets(dashboard)["prefill"], targets(dashboard)["decode"]) == (1, 1), SHRINK_S
     )
     with Watch(address, dashboard) as watch:
-        prompts = asyncio.run(burst(address, long_prompt, 0.06, lambda: watch.sees_two("prefill")))
+        prompts = asyncio.run(burst(address, long_prompt, PROMPTS_RUNNING, lambda: watch.sees_two("prefill")))
     assert watch.most("prefill") == 2, "prompts waited, so there were more to read them"
     assert watch.most("decode") == 1, "and nobody more to write"
     assert watch.most("experts") == 2
     with Watch(address, dashboard) as watch:
-        answers = asyncio.run(burst(address, long_answer, 0.15, lambda: watch.sees_two("decode")))
+        answers = asyncio.run(burst(address, long_answer, ANSWERS_RUNNING, lambda: watch.sees_two("decode")))
     assert watch.most("decode") == 2, "pages were taken, so there were more to write"
 
     def is_small() -> bool:
