@@ -142,6 +142,10 @@ def wait_for_revision(path: Path, revision: str | None, timeout_s: float = REVIS
         time.sleep(REVISION_POLL_S)
 
 
+# Read by CUDA and NCCL as an actor starts: many channels at once, each on few of the GPU's processors.
+GPU_SETTINGS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "NCCL_MAX_CTAS": "2"}
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, empty where it cannot be read yet."""
     try:
@@ -153,16 +157,20 @@ def digest_of(path: Path) -> str:
 def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float]) -> serve.Deployment:
     """A deployment of `count` actors of one class, each on a host that has the resources."""
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    options: dict[str, Any] = {
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "resources": others,
+    }
+    if options["num_gpus"]:
+        settings = {name: os.environ.get(name, number) for name, number in GPU_SETTINGS.items()}
+        options["runtime_env"] = {"env_vars": settings}
     return serve.deployment(
         actor,
         name=name,
         num_replicas=count,
         max_ongoing_requests=CONTROL_CALLS_MAX,
-        ray_actor_options={
-            "num_cpus": resources.get("CPU", 0),
-            "num_gpus": resources.get("GPU", 0),
-            "resources": others,
-        },
+        ray_actor_options=options,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=DRAIN_S,

@@ -50,3 +50,6 @@ def test_an_application_has_a_deployment_for_each_pool(tmp_path):
     assert nodes["prefill"].ray_actor_options["num_gpus"] == 1
     assert nodes["prefill"].ray_actor_options["resources"] == {"trivium_prefill": 1}
     assert nodes["decode"].ray_actor_options["num_gpus"] == 0
+    settings = nodes["prefill"].ray_actor_options["runtime_env"]["env_vars"]
+    assert settings == {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "NCCL_MAX_CTAS": "2"}
+    assert "env_vars" not in (nodes["decode"].ray_actor_options.get("runtime_env") or {})
