@@ -27,9 +27,13 @@ from kernels.ops.expert_bank_kernel import (
 from kernels.ops.grouped_gemm_kernel import TILES_TOGETHER
 
 HIDDEN, INTERMEDIATE = 136, 72  # no multiples of any block
+BLOCKS_INTERMEDIATE = 264  # of three blocks of scales
 NAN = float("nan")
 KINDS = ("float32", "bfloat16", "fp8")
-KERNEL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7, "fp8": 2**-7}  # of the greatest number of an output
+# Of the greatest number of an output. Rounding that to bfloat16 may take 2^-8; what lies between the products
+# is rounded as well.
+KERNEL_TOLERANCE = {"float32": 2e-6, "bfloat16": 5 * 2**-10, "fp8": 2**-8}
+GPU_FACTOR = 2 if torch.cuda.is_available() else 1  # its exponentials and sums are another few bits off
 FP8_TOLERANCE = 0.1  # what is lost by rounding all that is multiplied to four significant bits
 
 
@@ -43,6 +47,17 @@ def drawn_bank(
         return ExpertBank(gate_up, down)
     bank = ExpertBank(gate_up.bfloat16(), down.bfloat16())
     return bank.quantised() if kind == "fp8" else bank
+
+
+def drawn_bank_of_blocks(kind: str, experts_count: int) -> ExpertBank:
+    """The same, and with FP8 several blocks of intermediate, whose scales are far apart."""
+    if kind != "fp8":
+        return drawn_bank(kind, experts_count)
+    bank = drawn_bank("bfloat16", experts_count, intermediate=BLOCKS_INTERMEDIATE)
+    rising = torch.logspace(-2, 2, 2 * BLOCKS_INTERMEDIATE)  # from the first of gate to the last of up
+    gate_up = [(weight * rising[:, None]).bfloat16() for weight in bank.gate_up]
+    down = [(weight / rising[::2]).bfloat16() for weight in bank.down]  # so that all add as much
+    return ExpertBank(gate_up, down).quantised()
 
 
 def drawn_hidden(kind: str, *shape: int) -> torch.Tensor:
@@ -82,7 +97,7 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float)
     """Nothing is off by more than a part of the greatest number."""
     assert result.shape == expected.shape
     if expected.numel():
-        assert (result.cpu().double() - expected).abs().max() <= tolerance * expected.abs().max()
+        assert (result.cpu().double() - expected).abs().max() <= GPU_FACTOR * tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +131,7 @@ CONTIGUOUS = {
 
 @pytest.mark.parametrize(("kind", "counts"), CONTIGUOUS.values(), ids=CONTIGUOUS)
 def test_sorted_slots_are_those_of_the_reference_and_nothing_else_is_read(kind, counts, device):
-    bank = drawn_bank(kind, len(counts))
+    bank = drawn_bank_of_blocks(kind, len(counts))
     wide = torch.full((8, HIDDEN + 32), NAN).to(drawn_hidden(kind, 1).dtype)
     hidden = wide[:, :HIDDEN]
     hidden[:7] = drawn_hidden(kind, 7)  # the last token is nobody's
@@ -165,7 +180,7 @@ MASKED = {
 
 @pytest.mark.parametrize(("kind", "capacity", "counts"), MASKED.values(), ids=MASKED)
 def test_buffers_are_those_of_the_reference_and_nothing_else_is_read(kind, capacity, counts, device):
-    bank = drawn_bank(kind, len(counts))
+    bank = drawn_bank_of_blocks(kind, len(counts))
     hidden = drawn_hidden(kind, len(counts), capacity)
     for expert, count in enumerate(counts):
         hidden[expert, count:] = NAN
