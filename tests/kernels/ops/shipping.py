@@ -31,10 +31,11 @@ SHARED_BYTES_MAX = 227 << 10
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """One configuration: a call of a launcher, and the kernels that must multiply with WGMMA."""
+    """One configuration: a call of a launcher, and the kernels that must have something in their code."""
 
     launch: Callable[[], object]
-    wgmma: frozenset[str] = frozenset()
+    wgmma: frozenset[str] = frozenset()  # which multiply with nothing else
+    barriers: frozenset[str] = frozenset()  # whose warps wait for each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Built:
 
     kernel: str
     wgmma_count: int
+    mma_count: int  # products of a single warp, as on older chips
+    barriers_count: int
     shared_bytes: int
     registers_count: int
     stack_bytes: int  # memory that registers spill to
@@ -131,9 +134,8 @@ def build(case: Shipped) -> list[Built]:
 def describe(kernel: object) -> Built:
     """Count what matters in a compiled kernel."""
     usage = resource_usage(kernel.asm["cubin"])
-    wgmma_count = kernel.asm["ptx"].count("wgmma.mma_async")
-    shared_bytes = kernel.metadata.shared
-    return Built(kernel.metadata.name, wgmma_count, shared_bytes, usage["REG"], usage["STACK"])
+    counts = (kernel.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync", "bar.sync"))
+    return Built(kernel.metadata.name, *counts, kernel.metadata.shared, usage["REG"], usage["STACK"])
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

@@ -33,6 +33,7 @@ def scatter(rows: torch.Tensor, latents: torch.Tensor) -> None:
 
 SHIPPED = {
     "gather bfloat16": Shipped(lambda: gather(numbers(LAYERS, SLOTS), numbers(LAYERS, TOKENS))),
+    "gather bfloat16 one layer": Shipped(lambda: gather(numbers(SLOTS), numbers(TOKENS))),
     "gather FP8": Shipped(lambda: gather(packed(LAYERS, SLOTS), packed(LAYERS, TOKENS))),
     "gather bfloat16 to FP8": Shipped(lambda: gather(numbers(LAYERS, SLOTS), packed(LAYERS, TOKENS))),
     "gather FP8 to bfloat16": Shipped(lambda: gather(packed(SLOTS), numbers(TOKENS))),

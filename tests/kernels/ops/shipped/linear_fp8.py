@@ -1,4 +1,7 @@
-"""FP8 products as V3 launches them: few rows and many, where their tiles or the sum's parts differ."""
+"""FP8 products as V3 launches them: few rows and many, where their tiles or the sum's parts differ.
+
+Gate and up of a shared expert, 7168 -> 4096, are the same code as 7168 -> 2112.
+"""
 
 import torch
 
@@ -12,8 +15,8 @@ def product(rows_count: int, in_count: int, out_count: int) -> Shipped:
     """One product, with WGMMA."""
     shapes = (rows_count, in_count), (out_count, in_count)
     hidden, weight = (meta(*shape, dtype=torch.float8_e4m3fn) for shape in shapes)
-    hidden_scales = meta(rows_count, in_count // 128)
-    weight_scales = meta(-(-out_count // 128), in_count // 128)
+    hidden_scales = meta(rows_count, -(-in_count // 128))
+    weight_scales = meta(-(-out_count // 128), -(-in_count // 128))
     return Shipped(
         lambda: linear_fp8_kernel(hidden, hidden_scales, weight, weight_scales, torch.bfloat16), MULTIPLIES
     )
@@ -27,6 +30,9 @@ SHIPPED = {
         ("attention out", (16384, 7168), (1, 128, 4096)),
         ("dense gate and up", (7168, 36864), (1, 128, 4096)),
         ("dense down", (18432, 7168), (4096,)),
+        ("keys and values up", (512, 32768), (4096,)),
+        ("shared experts' down", (2048, 7168), (1, 128, 4096)),
+        ("ragged dense down of V2-Lite", (10944, 2048), (128,)),
     )
     for rows_count in rows_counts
 }

@@ -1,4 +1,4 @@
-"""The norms as V3 launches them."""
+"""The norms as V3 launches them, and V2-Lite with its 2048."""
 
 from kernels.ops.rms_norm_kernel import (
     add_rms_norm_kernel,
@@ -13,7 +13,7 @@ ROWS, WEIGHT = bfloat16(128, 7168), bfloat16(7168)
 
 SHIPPED = {
     f"rms_norm {size}": Shipped(lambda size=size: rms_norm_kernel(bfloat16(128, size), bfloat16(size), EPS))
-    for size in (512, 1536, 7168)
+    for size in (512, 1536, 2048, 7168)
 } | {
     "rms_norm float32": Shipped(lambda: rms_norm_kernel(meta(4, 7168), WEIGHT, EPS)),
     "rms_norm_quantize": Shipped(lambda: rms_norm_quantize_kernel(ROWS, WEIGHT, EPS)),
