@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.ops import linear_fp8_kernel as kernel_module
-from kernels.ops.backend import kernels_forced
+from kernels.ops.backend import IS_INTERPRETED, kernels_forced
 from kernels.ops.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_of, linear_fp8_reference
 from kernels.ops.linear_fp8_kernel import linear_fp8_kernel, parts_of, tile_of
 from kernels.ops.quantize import dequantize_blocks, quantize_rows
@@ -50,6 +50,23 @@ def test_products_are_those_of_float64(sizes, dtype, device):
     out = linear_fp8_kernel(*(part.to(device) for part in parts), dtype)
     assert out.dtype == dtype and out.shape == (sizes[0], sizes[2])
     assert_product(out, *parts)
+
+
+@pytest.mark.parametrize("in_count", [300, IN_PARTS])
+@pytest.mark.parametrize("rows_count", [2, 20, 64, 130])
+def test_small_whole_numbers_are_exact_on_any_device(rows_count, in_count, device):
+    """Sums of 128 terms are 2**11 at most, for which a GPU's 14 bits are enough."""
+    hidden, weight = torch.randint(-4, 5, (rows_count, in_count)), torch.randint(-4, 5, (140, in_count))
+    blocks_count = -(-in_count // 128)
+    narrow = [numbers.to(torch.float8_e4m3fn) for numbers in (hidden.float(), weight.float())]
+    parts = narrow[0], torch.ones(rows_count, blocks_count), narrow[1], torch.ones(2, blocks_count)
+    out = linear_fp8_kernel(*(part.to(device) for part in parts), torch.float32)
+    assert torch.equal(out.cpu(), (hidden @ weight.t()).float())
+
+
+def test_other_numbers_of_rows_compile_nothing_anew():
+    options = kernel_module._multiply.kwargs if IS_INTERPRETED else vars(kernel_module._multiply)
+    assert "rows_count" in options["do_not_specialize"]
 
 
 def test_more_tiles_than_a_group_are_each_computed_once(device):
