@@ -3,6 +3,8 @@
 A program holds a tile of rows, which are heads and newest tokens of one request, and reads each latent once,
 for scores and for values. What a split leaves, in float32, is its mean of values and the logarithm of its sum
 of weights, in base two as all exponentials here (flash-decoding; FlashAttention, arXiv 2205.14135).
+
+Numbers that follow the longest context are not specialised on: as contexts grow nothing is compiled anew.
 """
 
 import math
@@ -13,7 +15,7 @@ import torch
 from kernels.ops.backend import tl, triton
 from kernels.ops.load_latents_kernel import load_latents, parts_of, within
 from kernels.ops.narrow import dot, to_dtype
-from kernels.ops.split_context import SplitPlan, invariant_split_plan, split_plan
+from kernels.ops.split_context import INVARIANT_SPLITS_MAX, SplitPlan, invariant_split_plan, split_plan
 
 LOG2_E = math.log2(math.e)
 LOWEST = tl.constexpr(-1e38)  # below all scores, and finite: where none is seen, weights are 0 and not NaN
@@ -97,7 +99,8 @@ def mla_decode_kernel(
     )
     if plan.splits_count > 1:
         splits = (plan.splits_count, plan.unit_tokens)
-        sizes = (value_dim, widths[0], triton.next_power_of_2(plan.splits_count), MERGED_SPLITS)
+        width = triton.next_power_of_2(max(plan.splits_count, INVARIANT_SPLITS_MAX))
+        sizes = (value_dim, widths[0], width, MERGED_SPLITS)
         _merge_splits[(rows_count, requests_count)](means, sums, lengths, out, rows_count, *splits, *sizes)
     return out
 
@@ -124,10 +127,8 @@ def width_of(size: int) -> int:
 def scratch_for(
     plan: SplitPlan, out: torch.Tensor, requests_count: int, rows_count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means `[requests, splits, rows, value]` and sums `[requests, splits, rows]`, float32."""
-    if plan.splits_count == 1:
-        return out, out  # never touched
-    shape = (requests_count, plan.splits_count, rows_count)
+    """Means `[requests, splits, rows, value]` and sums `[requests, splits, rows]`, float32; none of one split."""
+    shape = (requests_count if plan.splits_count > 1 else 0, plan.splits_count, rows_count)
     means = torch.empty((*shape, out.shape[2]), dtype=torch.float32, device=out.device)
     return means, torch.empty(shape, dtype=torch.float32, device=out.device)
 
@@ -214,7 +215,7 @@ def _attend_tokens(
     return mixed * (1.0 / total)[:, None], greatest + tl.log2(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "lengths", "pages_stride", "splits_count", "unit_tokens"])
 def _attend_split(
     queries,
     values,
@@ -287,7 +288,7 @@ def _attend_split(
         tl.store(sums + before + rows, logarithm, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lengths", "splits_count", "unit_tokens"])
 def _merge_splits(
     means,
     sums,

@@ -11,8 +11,14 @@ from kernels.ops.mla_prefill import mla_prefill, mla_prefill_ragged, mla_prefill
 from kernels.ops.mla_prefill_kernel import mla_prefill_ragged_kernel
 
 SCALE = 0.3
-OUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SUM_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5}  # products of bfloat16 are exact in float32
+
+# By device: a GPU approximates exponentials (ex2.approx: 2 ulps), and adds in an order of its own. Sums have the
+# same bounds in either type, since products of bfloat16 are exact in float32.
+OUT_TOLERANCE = {
+    "cpu": {torch.float32: 4e-6, torch.bfloat16: 1e-2},
+    "cuda": {torch.float32: 1.6e-5, torch.bfloat16: 1e-2},
+}
+SUM_TOLERANCE = {"cpu": 4e-6, "cuda": 1.6e-5}
 FULL = (16, 16, 16)  # content, rotary and value
 PADDED = (20, 8, 12)
 QUERIES = [1, 63, 0, 64, 65, 130, 2]
@@ -93,12 +99,12 @@ def test_ragged_prompts_are_those_of_the_reference(dtype, sizes, causal, device)
     out, sums = (result.cpu() for result in attend(prompts, causal))
     expected_out, expected_sums = expected_of(prompts, causal)
     assert out.dtype == dtype and sums.dtype == torch.float32
-    assert torch.allclose(out.double(), expected_out, atol=OUT_TOLERANCE[dtype], rtol=0)
-    assert torch.allclose(sums.double(), expected_sums, atol=SUM_TOLERANCE[dtype], rtol=1e-6)
+    assert torch.allclose(out.double(), expected_out, atol=OUT_TOLERANCE[device.type][dtype], rtol=0)
+    assert torch.allclose(sums.double(), expected_sums, atol=SUM_TOLERANCE[device.type], rtol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", OUT_TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_request_has_the_same_bits_alone_and_in_company(dtype, causal, device):
     prompts = drawn([3, 65, 129], [70, 65, 200], dtype, device, heads_count=1)
     together = attend(prompts, causal)
