@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.ops import group_by_expert_kernel as module
-from kernels.ops.backend import kernels_forced
+from kernels.ops.backend import IS_INTERPRETED, kernels_forced
 from kernels.ops.group_by_expert import group_by_expert, group_by_expert_reference
 from kernels.ops.group_by_expert_kernel import group_by_counting, group_by_expert_kernel, group_by_sorting
 
@@ -81,6 +81,19 @@ def test_many_slots_are_sorted_and_few_are_counted(monkeypatch, device):
         monkeypatch.setattr(module, name, lambda ids, experts_count, name=name: name)
     assert group_by_expert_kernel(torch.zeros(5, 8, device=device), 4) == "group_by_counting"
     assert group_by_expert_kernel(torch.zeros(41, 1, device=device), 4) == "group_by_sorting"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "counts"),
+    [
+        (module._count_before, {"slots_count"}),
+        (module._count_block, {"slots_count"}),
+        (module._place_block, {"slots_count", "blocks_count"}),
+    ],
+)
+def test_other_numbers_of_slots_compile_nothing_anew(kernel, counts):
+    options = kernel.kwargs if IS_INTERPRETED else vars(kernel)
+    assert counts <= set(options["do_not_specialize"])
 
 
 def test_grouping_reaches_its_kernel(device):
