@@ -1,6 +1,7 @@
 """FP8 products as V3 launches them: few rows and many, where their tiles or the sum's parts differ.
 
-Gate and up of a shared expert, 7168 -> 4096, are the same code as 7168 -> 2112.
+Gate and up of a shared expert, 7168 -> 4096, are the same code as 7168 -> 2112. With few rows other products
+differ from those here in the number of steps alone.
 """
 
 import torch
@@ -27,8 +28,8 @@ SHIPPED = {
     for name, sizes, rows_counts in (
         ("query and latent down", (7168, 2112), (1, 128, 4096)),
         ("query up", (1536, 24576), (1, 32, 128, 4096)),
-        ("attention out", (16384, 7168), (1, 128, 4096)),
-        ("dense gate and up", (7168, 36864), (1, 128, 4096)),
+        ("attention out", (16384, 7168), (4096,)),
+        ("dense gate and up", (7168, 36864), (4096,)),
         ("dense down", (18432, 7168), (4096,)),
         ("keys and values up", (512, 32768), (4096,)),
         ("shared experts' down", (2048, 7168), (1, 128, 4096)),
