@@ -127,7 +127,7 @@ def width_of(size: int) -> int:
 def scratch_for(
     plan: SplitPlan, out: torch.Tensor, requests_count: int, rows_count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means `[requests, splits, rows, value]` and sums `[requests, splits, rows]`, float32; none of one split."""
+    """Means `[requests, splits, rows, value]` and sums without `value`, float32; none of one split."""
     shape = (requests_count if plan.splits_count > 1 else 0, plan.splits_count, rows_count)
     means = torch.empty((*shape, out.shape[2]), dtype=torch.float32, device=out.device)
     return means, torch.empty(shape, dtype=torch.float32, device=out.device)

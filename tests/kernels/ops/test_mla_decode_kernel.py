@@ -18,7 +18,7 @@ SCALE = 0.2
 PAGE_TOKENS = 64
 NOWHERE = 2**30  # a page that no pool has
 
-# Of float32, by device: a GPU approximates exponentials (ex2.approx: 2 ulps), and adds in an order of its own.
+# Of float32, by device: a GPU approximates exponentials (ex2.approx: 2 ulps), and adds in its own order.
 FLOAT32_TOLERANCE = {"cpu": 4e-6, "cuda": 1.6e-5}
 BFLOAT16_ROUNDING = 2**-7  # of a number: twice what its 8 bits lose
 BFLOAT16_TOLERANCE = 4e-3  # beside that: weights are rounded too before they multiply

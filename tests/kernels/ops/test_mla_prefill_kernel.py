@@ -12,7 +12,7 @@ from kernels.ops.mla_prefill_kernel import mla_prefill_ragged_kernel
 
 SCALE = 0.3
 
-# By device: a GPU approximates exponentials (ex2.approx: 2 ulps), and adds in an order of its own. Sums have the
+# By device: a GPU approximates exponentials (ex2.approx: 2 ulps), and adds in its own order. Sums have the
 # same bounds in either type, since products of bfloat16 are exact in float32.
 OUT_TOLERANCE = {
     "cpu": {torch.float32: 4e-6, torch.bfloat16: 1e-2},
