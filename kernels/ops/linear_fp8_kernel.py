@@ -1,12 +1,13 @@
 """`linear_fp8` on a GPU: tiles of 128 outputs, one scale of the weight for each step of 128 inputs.
 
 Batch invariance: a row's sum is cut into parts that depend on the weight's shape alone; a part adds its
-blocks of 128 inputs in order, and the parts are added in order. With few rows each part has programs of its own, so
-that all the chip reads weights, and a second launch adds the parts; with many rows one program runs through
-all parts. No number of another row enters a row's sums, so company that brings tiles of the same size never
-changes its bits. The number of rows decides how many of them a tile holds and which side of the product they
-are on: that other tiles leave the same bits is assumed, namely that tensor cores add the 128 terms of a block
-alike on either side and in any width of an instruction. Nothing but a GPU can show it: tests ask it there.
+blocks of 128 inputs in order, and the parts are added in order. With few rows each part has programs of its
+own, so that all the chip reads weights, and a second launch adds the parts; with many rows one program runs
+through all parts. No number of another row enters a row's sums, so company that brings tiles of the same
+size never changes its bits. The number of rows decides how many of them a tile holds and which side of the
+product they are on: that other tiles leave the same bits is assumed, namely that tensor cores add the 128
+terms of a block alike on either side and in any width of an instruction. Nothing but a GPU can show it:
+tests ask it there.
 """
 
 import torch
