@@ -58,6 +58,7 @@ class Post:
         node.trace_dispatches = self.experts.trace
         node.spans = self.experts.spans
         node.start()
+        gc.collect()  # what is garbage now, such as an old node that somebody still looked at, would stay
         gc.freeze()
         self.node, self.loaded_share, self.state = node, 1.0, READY
 

@@ -192,8 +192,8 @@ class GraphedLanes:
             return self._make_lane(inputs, self._routed)
         return tape.play(inputs, self._routed)
 
-    def prepare(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> None:
-        """Record lanes of some (number, rows); what cannot be recorded is computed as it comes."""
+    def prepare(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> bool:
+        """Record lanes of some (number, rows); whether all could be. Others are computed as they come."""
         for number, rows in sizes:
             for level in self._pages_levels:
                 try:
@@ -201,7 +201,8 @@ class GraphedLanes:
                 except RuntimeError:
                     logger.exception("a step of %s requests and %s pages cannot be recorded", rows, level)
                     self._recorders.pop(number).abandon()
-                    return
+                    return False
+        return True
 
     def _record(self, number: int, rows: int, pages_count: int, device: torch.device) -> Tape:
         if number not in self._recorders:

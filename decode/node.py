@@ -71,7 +71,7 @@ class DecodeNode:
         self._model = model
         make_recorder = CudaRecorder if transformer.device.type == "cuda" else None
         self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches, make_recorder)
-        self.decode_step.prepare(config.requests_max)
+        self.decode_step.prepare(range(1, config.requests_max + 1))
         self._clock = clock
         self._receiving: dict[Channel, tuple[float, int]] = {}
         self._cancelled: set[tuple[str, int]] = set()

@@ -1,6 +1,6 @@
 """One forward pass of a decode node: one new token for each request, attending over latents in pages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -41,11 +41,12 @@ class DecodeStep:
             self._graphs = GraphedLanes(self._lane_of, transformer.routed, make_recorder, hidden_size, levels)
 
     @torch.inference_mode()
-    def prepare(self, requests_max: int) -> None:
-        """Record the steps of one to so many requests, the largest first, before a request waits for it."""
-        if self._graphs is not None:
-            sizes = lane_sizes(requests_max, self.micro_batches)
-            self._graphs.prepare(sorted(sizes, reverse=True), self.transformer.device)
+    def prepare(self, batches: Iterable[int]) -> bool:
+        """Record the steps of batches of so many requests, the largest first; whether all are recorded."""
+        if self._graphs is None:
+            return False
+        sizes = sorted(lane_sizes(batches, self.micro_batches), reverse=True)
+        return self._graphs.prepare(sizes, self.transformer.device)
 
     @torch.inference_mode()
     def run(self, batch: Sequence[DecodeRequest]) -> torch.Tensor:
@@ -71,8 +72,7 @@ class DecodeStep:
         return self.transformer.lane(self.transformer.embed(inputs.token_ids), attend, routed)
 
 
-def lane_sizes(requests_max: int, micro_batches: int) -> set[tuple[int, int]]:
-    """(lane, recorded rows) of every batch of up to so many requests."""
-    batches = (list(range(count)) for count in range(1, requests_max + 1))
-    parts = (enumerate(split_evenly(batch, micro_batches, LANE_REQUESTS_MIN)) for batch in batches)
-    return {(number, bucket_of(len(part))) for batch in parts for number, part in batch}
+def lane_sizes(batches: Iterable[int], micro_batches: int) -> set[tuple[int, int]]:
+    """(lane, recorded rows) of all lanes of batches of so many requests."""
+    split = (split_evenly(list(range(count)), micro_batches, LANE_REQUESTS_MIN) for count in batches)
+    return {(number, bucket_of(len(part))) for parts in split for number, part in enumerate(parts)}

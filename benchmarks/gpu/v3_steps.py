@@ -91,6 +91,8 @@ class TruncatedModel:
         each = -(-context // PAGE_TOKENS)
         batch = [self._decode_request(number, each, context) for number in range(requests)]
         step = DecodeStep(model, self.cache, 1, CudaRecorder if self._records else None)
+        if self._records and not step.prepare([requests]):
+            raise RuntimeError(f"a step of {requests} requests cannot be recorded: the log says why")
         return self._clock.measure_us(lambda: step.run(batch))
 
     def _decode_request(self, number: int, pages_count: int, context: int) -> DecodeRequest:
