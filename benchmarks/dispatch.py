@@ -22,6 +22,7 @@ from experts.holding import Holding
 from experts.messages import Placement, ShardAddress
 from experts.placement import even_placement
 from experts.shard import Dispatch, ExpertShard
+from kernels.model.config import WeightFormat
 
 TOKENS = 32
 HIDDEN = 512
@@ -49,6 +50,8 @@ class NoCheckpoint:
         moe_layers = range(1)
         routed_experts_count = EXPERTS
         hidden_size = HIDDEN
+        moe_intermediate_size = HIDDEN
+        weight_format = WeightFormat("float32")
 
 
 def run_shard(name: str, address: str, placement: Placement) -> None:
