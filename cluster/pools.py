@@ -32,6 +32,7 @@ from cluster.membership import View
 from cluster.place import Place, make_place
 from cluster.post import DRAIN_S
 from cluster.ray_dashboard import DashboardAccess
+from kernels.transport.nccl import gpu_settings
 
 APPLICATION = "trivium"
 HEALTH_PERIOD_S = 2.0
@@ -142,10 +143,6 @@ def wait_for_revision(path: Path, revision: str | None, timeout_s: float = REVIS
         time.sleep(REVISION_POLL_S)
 
 
-# Read by CUDA and NCCL as an actor starts: many channels at once, each on few of the GPU's processors.
-GPU_SETTINGS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "NCCL_MAX_CTAS": "2"}
-
-
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, empty where it cannot be read yet."""
     try:
@@ -163,8 +160,7 @@ def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float])
         "resources": others,
     }
     if options["num_gpus"]:
-        settings = {name: os.environ.get(name, number) for name, number in GPU_SETTINGS.items()}
-        options["runtime_env"] = {"env_vars": settings}
+        options["runtime_env"] = {"env_vars": gpu_settings(os.environ)}
     return serve.deployment(
         actor,
         name=name,

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,20 +33,28 @@ UNIQUE_ID_BYTES = 128
 ABORT_TIMEOUT_S = 8.0
 ABORT_POLL_S = 0.002
 
-# A transfer holds some of the GPU's processors from when it is posted until it is over, and spins while the
-# peer is late; a node has two communicators for each peer. With as many blocks (CTAs) each as NCCL chooses,
-# those that wait could leave no processor to compute on. More are faster where peers are few: what a user has
-# set stays, and beside a user's minimum there is no maximum of ours, to which NCCL would lower it.
-if nccl is not None and "NCCL_MIN_CTAS" not in os.environ:
-    os.environ.setdefault("NCCL_MAX_CTAS", "2")
-
-# Streams share the GPU's work queues, eight by default: what is behind a transfer that waits waits too. CUDA
-# reads this once, when a process begins to use the GPU. Nodes and shards load this module before they do; who
-# uses the GPU earlier, or wants another number, sets it in the environment that the process starts with.
-if nccl is not None:
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 logger = logging.getLogger(__name__)
+
+
+def gpu_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What NCCL and CUDA are to read as a process begins to use its GPU; what a user has set stays.
+
+    A transfer holds some of the GPU's processors from when it is posted until it is over, and spins while the
+    peer is late; a node has two communicators for each peer. With as many blocks (CTAs) each as NCCL chooses,
+    those that wait could leave no processor to compute on. More are faster where peers are few. Beside a
+    user's minimum there is no maximum of ours, to which NCCL would lower it.
+
+    Streams share the GPU's work queues, eight by default: what is behind a transfer that waits waits too.
+    CUDA reads this once: it belongs into the environment that a process starts with.
+    """
+    defaults = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    if "NCCL_MIN_CTAS" not in environment:
+        defaults["NCCL_MAX_CTAS"] = "2"
+    return {name: environment.get(name, number) for name, number in defaults.items()}
+
+
+if nccl is not None:
+    os.environ.update(gpu_settings(os.environ))
 
 
 class NcclLink:
