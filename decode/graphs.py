@@ -195,6 +195,8 @@ class GraphedLanes:
     def prepare(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> bool:
         """Record lanes of some (number, rows); whether all could be. Others are computed as they come."""
         for number, rows in sizes:
+            if number not in self._recorders:
+                self._recorders[number] = self._make_recorder()
             for level in self._pages_levels:
                 try:
                     self._tapes[number, rows, level] = self._record(number, rows, level, device)
@@ -205,8 +207,6 @@ class GraphedLanes:
         return True
 
     def _record(self, number: int, rows: int, pages_count: int, device: torch.device) -> Tape:
-        if number not in self._recorders:
-            self._recorders[number] = self._make_recorder()
         inputs = StepInputs.blank(rows, pages_count, device)
         tape = Tape(inputs, torch.zeros(rows, self._hidden_size, device=device))
         piecewise = RecordedExperts(tape, self._recorders[number])
