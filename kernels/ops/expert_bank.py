@@ -19,6 +19,7 @@ from kernels.ops.expert_bank_kernel import (
     experts_contiguous_kernel,
     experts_masked_kernel,
 )
+from kernels.ops.linear_fp8 import WEIGHT_BLOCK
 from kernels.ops.quantize import (
     ROW_BLOCK,
     dequantize_blocks,
@@ -27,7 +28,6 @@ from kernels.ops.quantize import (
     scale_shape,
 )
 
-BLOCK = (128, 128)
 FP8 = torch.float8_e4m3fn
 
 
@@ -50,7 +50,7 @@ class ExpertBank:
 
     def __post_init__(self):
         dtype, (hidden, intermediate) = self.down[0].dtype, self.down[0].shape
-        rows, columns = scale_shape(intermediate, hidden, BLOCK)
+        rows, columns = scale_shape(intermediate, hidden, WEIGHT_BLOCK)
         self._check("gate_up", dtype, (2 * intermediate, hidden))
         self._check("down", dtype, (hidden, intermediate))
         if dtype == FP8:
@@ -74,10 +74,10 @@ class ExpertBank:
 
     def quantised(self) -> "ExpertBank":
         """The same experts in FP8."""
-        downs = [quantize_blocks(down, BLOCK) for down in self.down]
+        downs = [quantize_blocks(down, WEIGHT_BLOCK) for down in self.down]
         gate_ups = []
         for gate_up in self.gate_up:
-            gate, up = (quantize_blocks(half, BLOCK) for half in gate_up.chunk(2))
+            gate, up = (quantize_blocks(half, WEIGHT_BLOCK) for half in gate_up.chunk(2))
             gate_ups.append([torch.cat(both) for both in zip(gate, up, strict=True)])
         (gate_ups, gate_up_scales), (downs, down_scales) = (
             zip(*gate_ups, strict=True),
@@ -91,7 +91,9 @@ class ExpertBank:
         if not self.is_quantised:
             return tuple(weight.to(dtype) for weight in weights)
         scales = (*self.gate_up_scales[index].chunk(2), self.down_scales[index])
-        return tuple(dequantize_blocks(*pair, BLOCK, dtype) for pair in zip(weights, scales, strict=True))
+        return tuple(
+            dequantize_blocks(*pair, WEIGHT_BLOCK, dtype) for pair in zip(weights, scales, strict=True)
+        )
 
     def _check(self, name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
         parts = getattr(self, name)
