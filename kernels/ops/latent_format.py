@@ -8,8 +8,9 @@ FlashMLA). Scales are powers of two: dividing by them loses nothing.
 
 import torch
 
+from kernels.ops.quantize import E4M3_MAX
+
 TILE_NUMBERS = 128
-E4M3_MAX = 448.0
 SCALE_MIN = 2.0**-100  # of numbers that are all zero, or nearly
 
 

@@ -176,14 +176,18 @@ class CudaIpcLink:
             raise HelloRefused("the peer uses another GPU; connect by nccl:// to that one")
 
 
-class Giving:
-    """What is sent, chunk after chunk."""
+class Passing:
+    """One way of a transfer, chunk after chunk, one of them being copied."""
 
     def __init__(self, link: CudaIpcLink, chunks: deque[list[torch.Tensor]], after: Any):
         self._link = link
         self._chunks = chunks
         self._after = after
         self._copied: Any = None
+
+
+class Giving(Passing):
+    """What is sent."""
 
     def is_done(self) -> bool:
         """Whether the peer has taken the last chunk; raises DeviceTransferFailed."""
@@ -199,14 +203,8 @@ class Giving:
         return False
 
 
-class Taking:
-    """What is received, chunk after chunk."""
-
-    def __init__(self, link: CudaIpcLink, chunks: deque[list[torch.Tensor]], after: Any):
-        self._link = link
-        self._chunks = chunks
-        self._after = after
-        self._copied: Any = None
+class Taking(Passing):
+    """What is received."""
 
     def is_done(self) -> bool:
         """Whether the last chunk is here; raises DeviceTransferFailed."""
