@@ -18,7 +18,6 @@ REPLACEMENT = "\ufffd"  # What decoders write for bytes that are not, or not yet
 # Four bytes make the longest character, so tokens that stay unreadable for longer than this are not one.
 UNREADABLE_TOKENS_MAX = 16
 CHARACTER_BYTES_MAX = 4
-PROMPT_TAIL_TOKENS = 8
 
 
 class Tokenizer:
@@ -50,7 +49,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids; special tokens spelled out in the text become themselves."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # For one text alone the library keeps Python's lock, and with it every other thread, for all its time.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Turn token ids into text, without special tokens; unreadable bytes become U+FFFD."""
@@ -189,7 +189,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_tail: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = [token for token in prompt_tail if tokenizer.has_text(token)][-PROMPT_TAIL_TOKENS:]
+        self._window = [token for token in prompt_tail if tokenizer.has_text(token)]
         self._context_count = len(self._window)
         self._sent_count = len(_without_last_unreadable(tokenizer.decode(self._window)))
 

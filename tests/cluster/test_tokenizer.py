@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -224,3 +225,13 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     assert finder.add("/b> E") == ("</b> ", None)
     assert finder.add("NDED") == ("", "END")
     assert StopStrings(()).add("all") == ("all", None)
+
+
+def test_a_long_text_is_encoded_beside_other_threads():
+    encoding = threading.Thread(target=TOKENIZER.encode, args=("The place where three roads meet. " * 12_000,))
+    encoding.start()
+    turns_count = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns_count += 1
+    assert turns_count > 10, "nobody else had a turn"
