@@ -80,6 +80,11 @@ class DeviceChannel(DeviceWire):
         """True while bytes wait for the peer to take them, or a GPU still reads what was sent."""
         return super().has_pending or self._transfers.sending
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that wait for the peer to take them, or that a GPU still reads."""
+        return super().pending_bytes + self._transfers.unsent_bytes
+
     def _next_frame(self, choose_buffers: ChooseBuffers | None) -> Frame | None:
         if not self._greeted:
             return super()._next_frame(None)

@@ -214,6 +214,11 @@ class StreamChannel:
         """True while bytes wait for the peer to take them."""
         return bool(self._pending)
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that wait for the peer to take them."""
+        return self._pending_bytes
+
     def fileno(self) -> int:
         """Descriptor of the socket, also after an error; -1 once closed."""
         return self._sock.fileno()

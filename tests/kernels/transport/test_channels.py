@@ -218,6 +218,7 @@ def test_a_slow_reader_leaves_bytes_pending_until_it_reads(pair):
     payload = random.randbytes(1 << 20) * (MANY_BYTES >> 20)
     pair.here.send("large", None, views(payload))
     assert pair.here.has_pending
+    assert 0 < pair.here.pending_bytes < MANY_BYTES + 4096
     assert not pair.here.push()
     with pytest.raises(ChannelTimeout):
         pair.here.flush(SOON_S)
@@ -225,6 +226,7 @@ def test_a_slow_reader_leaves_bytes_pending_until_it_reads(pair):
     assert joined(frame.parts) == payload
     assert pair.here.push()
     assert not pair.here.has_pending
+    assert pair.here.pending_bytes == 0
 
 
 def test_who_waits_for_the_answer_sends_the_rest_of_the_question(pair):

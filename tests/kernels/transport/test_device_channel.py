@@ -236,11 +236,13 @@ def test_a_transfer_is_not_here_before_its_last_byte(pair, behaviour):
     with pytest.raises(ChannelTimeout):
         pair.there.receive(SOON_S)
     assert pair.here.has_pending
+    assert pair.here.pending_bytes >= numbers(5).nbytes
     with pytest.raises(ChannelTimeout):
         pair.here.flush(0.0)
     assert pair.there.receive(WAIT_S).kind == "slow"
     pair.here.flush(WAIT_S)
     assert not pair.here.has_pending
+    assert pair.here.pending_bytes == 0
 
 
 def test_nothing_is_posted_before_the_receiver_is_ready(pair):
