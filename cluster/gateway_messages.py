@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.proto import trivium_pb2
-from cluster.validation import ChatMessage, RequestedGeneration, RequestedSampling
+from cluster.validation import (
+    MESSAGES_COUNT_MAX,
+    STOP_STRINGS_COUNT_MAX,
+    STOP_TOKEN_IDS_COUNT_MAX,
+    ChatMessage,
+    RequestedGeneration,
+    RequestedSampling,
+)
 
 # Names here on the left, names on the wire on the right.
 _WIRE_NAMES = {
@@ -62,9 +69,13 @@ class Timing:
 
 
 def to_requested(message: trivium_pb2.GenerateRequest) -> RequestedGeneration:
-    """Read a request without judging it: what was not set becomes None."""
+    """Read a request without judging it: what was not set becomes None.
+
+    Of a list that is too long it takes one entry too many, which is all that the validator needs.
+    """
     prompt = message.WhichOneof("prompt")
-    chat = tuple(ChatMessage(role=turn.role, content=turn.content) for turn in message.messages.messages)
+    turns = message.messages.messages[: MESSAGES_COUNT_MAX + 1]
+    chat = tuple(ChatMessage(role=turn.role, content=turn.content) for turn in turns)
     return RequestedGeneration(
         text=message.text if prompt == "text" else None,
         token_ids=tuple(message.token_ids.ids) if prompt == "token_ids" else None,
@@ -82,8 +93,8 @@ def _to_requested_sampling(message: trivium_pb2.SamplingParameters) -> Requested
         for name, wire_name in _WIRE_NAMES.items()
     }
     return RequestedSampling(
-        stop_strings=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
+        stop_strings=tuple(message.stop[: STOP_STRINGS_COUNT_MAX + 1]),
+        stop_token_ids=tuple(message.stop_token_ids[: STOP_TOKEN_IDS_COUNT_MAX + 1]),
         ignore_eos=message.ignore_eos,
         **numbers,
     )

@@ -49,7 +49,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids; special tokens spelled out in the text become themselves."""
-        # For one text alone the library keeps Python's lock, and with it every other thread, for all its time.
+        # The library's call for a single text keeps Python's lock, so that no other thread has a turn.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Iterable[int]) -> str:

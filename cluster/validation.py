@@ -198,7 +198,7 @@ def _check_count(field: str, count: int, count_max: int) -> None:
     if count > count_max:
         raise InvalidRequest(
             reason="TOO_MANY",
-            message=f"{count} entries are too many",
+            message="there are too many entries",
             field=field,
             limit=f"{count_max} entries",
             remedy="Send fewer.",

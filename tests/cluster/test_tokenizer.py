@@ -228,7 +228,9 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
 
 
 def test_a_long_text_is_encoded_beside_other_threads():
-    encoding = threading.Thread(target=TOKENIZER.encode, args=("The place where three roads meet. " * 12_000,))
+    encoding = threading.Thread(
+        target=TOKENIZER.encode, args=("The place where three roads meet. " * 12_000,)
+    )
     encoding.start()
     turns_count = 0
     while encoding.is_alive():

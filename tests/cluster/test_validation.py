@@ -12,6 +12,8 @@ from cluster.errors import InvalidRequest
 from cluster.gateway_messages import from_requested, to_requested
 from cluster.proto import trivium_pb2
 from cluster.validation import (
+    STOP_STRINGS_COUNT_MAX,
+    STOP_TOKEN_IDS_COUNT_MAX,
     ChatMessage,
     RequestedGeneration,
     RequestedSampling,
@@ -187,6 +189,26 @@ def test_unknown_fields_on_the_wire_are_ignored():
     )
 
 
+@pytest.mark.parametrize("field", ["messages", "sampling.stop", "sampling.stop_token_ids"])
+def test_of_a_list_that_is_too_long_the_wire_hands_on_no_more_than_refuses_it(field):
+    sampling = trivium_pb2.SamplingParameters()
+    message = trivium_pb2.GenerateRequest(text="a")
+    if field == "messages":
+        turns = [trivium_pb2.ChatMessage(role="user")] * 100_000
+        message = trivium_pb2.GenerateRequest(messages=trivium_pb2.ChatMessages(messages=turns))
+    elif field == "sampling.stop":
+        sampling.stop.extend(["x"] * 100_000)
+    else:
+        sampling.stop_token_ids.extend([1] * 100_000)
+    message.sampling.CopyFrom(sampling)
+    requested = to_requested(message)
+    lists = (requested.messages or (), requested.sampling.stop_strings, requested.sampling.stop_token_ids)
+    assert sum(map(len, lists)) < 1100
+    with pytest.raises(InvalidRequest) as caught:
+        validate(requested, LIMITS, 7, LetterTokenizer())
+    assert (caught.value.reason, caught.value.field) == ("TOO_MANY", field)
+
+
 PROMPTS = st.one_of(
     st.builds(dict, text=st.text()),
     st.builds(dict, token_ids=st.lists(st.integers(0, 2**32 - 1)).map(tuple)),
@@ -199,8 +221,8 @@ SAMPLING = st.builds(
     top_p=st.none() | st.floats(allow_nan=False),
     seed=st.none() | st.integers(0, 2**64 - 1),
     tokens_max=st.none() | st.integers(-(2**31), 2**31 - 1),
-    stop_strings=st.lists(st.text()).map(tuple),
-    stop_token_ids=st.lists(st.integers(0, 2**32 - 1)).map(tuple),
+    stop_strings=st.lists(st.text(), max_size=STOP_STRINGS_COUNT_MAX + 1).map(tuple),
+    stop_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=STOP_TOKEN_IDS_COUNT_MAX + 1).map(tuple),
     logprobs_count=st.none() | st.integers(-5, 50),
     ignore_eos=st.booleans(),
 )
