@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from cluster.errors import InvalidRequest
 from cluster.pressure import pressures
-from cluster.scaled_pool import ScaledPool
+from cluster.scaled_pool import OBEYED_S, ScaledPool
 from cluster.scaling import (
     GATEWAY,
     PARTNERS,
@@ -31,7 +31,6 @@ from cluster.scaling import (
 GROWTH_MAX = 2  # times as many at once, at most
 GREATER = 1.25  # times the pressure that asked for nodes which are still starting, before more are asked for
 ROOM = 0.7  # of each limit, that may be in use with one node less, for a pool to be too large
-OBEYED_S = 30.0  # in which Serve shows what it was asked for; else the call was lost
 STUCK_S = 600.0  # after which nodes that do not start are no reason to wait with shrinking
 SETTLED_S = 20.0  # after a growth, before latencies of late are those with the new nodes
 REGRET_PAUSES = 10  # after shrinking, in which to grow again says that it was wrong
@@ -48,7 +47,10 @@ class Autoscaler:
     def __init__(self, config: AutoscalerConfig):
         self.config = config
         self._pools = {limits.kind: ScaledPool(limits) for limits in config.pools}
+        for pool in self._pools.values():
+            pool.partner = self._pools.get(PARTNERS.get(pool.kind, ""))
         self._decisions: deque[Decision] = deque(maxlen=DECISIONS_MAX)
+        self._is_loaded = True
         self._start_s = 10.0
         self._role_change_s = 1.0  # weights are there already, so less than a start until it is measured
 
@@ -57,20 +59,21 @@ class Autoscaler:
         self._start_s = start_s if start_s is not None else self._start_s
         self._role_change_s = role_change_s if role_change_s is not None else self._role_change_s
 
-    def decide(self, readings: Iterable[PoolReading], now_s: float) -> list[Command]:
-        """What to change now; a pool without a fresh reading, or with a hold, keeps its count."""
-        for pool in self.observe(readings, now_s):
-            if pool.is_heard(now_s):
-                self.target_seen(pool.kind, pool.reading.target_count, now_s)
-        if not self.config.is_enabled:
-            everybody = self._pools.values()
-            held = [pool for pool in everybody if pool.hold is not None and self._may_act(pool, now_s)]
-            return [command for pool in held for command in self._keep_hold(pool, now_s)]
+    def decide(self, readings: Iterable[PoolReading], now_s: float, is_loaded: bool = True) -> list[Command]:
+        """What to change now; a pool without a fresh reading, or with a hold, keeps its count.
+
+        Until the cluster has loaded, only what people have set is done: idle nodes say nothing of any load.
+        """
+        self._see_targets(self.observe(readings, now_s), now_s)
+        everybody = [pool for pool in self._pools.values() if self._may_act(pool, now_s)]
+        commands = [command for pool in everybody for command in self._keep_hold(pool, now_s)]
+        self._is_loaded = is_loaded
+        if not self.config.is_enabled or not is_loaded:
+            return commands
         pools = [pool for pool in self._pools.values() if pool.kind != GATEWAY]
         for pool in pools:
             self._look(pool, now_s)
-        commands: list[Command] = []
-        for turn in (self._keep_hold, self._go_home, self._keep_bounds, self._grow, self._shrink):
+        for turn in (self._go_home, self._keep_bounds, self._grow, self._shrink):
             for pool in pools:
                 if self._may_act(pool, now_s):
                     commands.extend(turn(pool, now_s))
@@ -164,6 +167,23 @@ class Autoscaler:
             self._record(pool, pool.asked_count, count, f"Serve did not do it within {OBEYED_S:.0f} s", now_s)
             pool.ask_no_more()
 
+    def _see_targets(self, pools: Iterable[ScaledPool], now_s: float) -> None:
+        """Take what Serve aims at for all that were read.
+
+        A configuration that is deployed anew puts all counts back to what it says, in one look; people, whose
+        counts hold, set one pool after the other.
+        """
+        heard = [pool for pool in pools if pool.is_heard(now_s)]
+        moved = [pool for pool in heard if pool.is_moved_by_others(pool.reading.target_count)]
+        is_deployed = all(pool.reading.target_count == pool.limits.count for pool in heard)
+        for pool in moved if is_deployed and len(moved) > 1 else ():
+            count = pool.limits.count
+            self._record(pool, pool.target_count, count, "the configuration was deployed anew", now_s)
+            pool.target_count = count
+            pool.ask_no_more()
+        for pool in heard:
+            self.target_seen(pool.kind, pool.reading.target_count, now_s)
+
     def report(self, now_s: float) -> PoolsReport:
         """All pools and the decisions of late, newest first."""
         states = tuple(self._state(pool, now_s) for pool in self._pools.values())
@@ -173,8 +193,8 @@ class Autoscaler:
 
     def _look(self, pool: ScaledPool, now_s: float) -> None:
         """Note since when a pool is changing, and since when it is too large."""
-        self._notice_loans(pool, now_s)
-        is_changing = pool.is_heard(now_s) and self._is_changing(pool)
+        pool.notice_loans(now_s)
+        is_changing = pool.is_heard(now_s) and pool.is_changing
         pool.changing_since_s = _since(pool.changing_since_s, now_s) if is_changing else None
         if not is_changing and not pool.is_awaited:
             pool.level_asked = 1.0
@@ -185,16 +205,6 @@ class Autoscaler:
         if now_s - max(pool.shrunk_s, pool.grown_s) > REGRET_PAUSES * self._shrink_pause_s(pool):
             pool.regret = 1
 
-    def _notice_loans(self, pool: ScaledPool, now_s: float) -> None:
-        is_done = pool.loans_asked != (self._lent_count(pool), self._borrowed_count(pool))
-        if is_done or now_s - pool.asked_s > OBEYED_S:
-            pool.loans_asked = None
-
-    def _is_changing(self, pool: ScaledPool) -> bool:
-        reading = pool.reading
-        is_moving = reading.starting_count > 0 or reading.draining_count > 0
-        return is_moving or reading.ready_count != self._nodes_count(pool)
-
     def _is_roomy(self, pool: ScaledPool, now_s: float) -> bool:
         """Whether one node less would be enough, as far as everything is known and nothing is under way."""
         if not pool.is_heard(now_s) or pool.is_awaited or not pool.pressures or not pool.reading.is_complete:
@@ -202,7 +212,7 @@ class Autoscaler:
         is_stuck = pool.changing_since_s is not None and now_s - pool.changing_since_s > STUCK_S
         if pool.changing_since_s is not None and not is_stuck:
             return False
-        left_count = self._nodes_count(pool) - 1
+        left_count = pool.nodes_count - 1
         if left_count < max(pool.limits.count_min, 1):
             return False
         ready_count = pool.reading.ready_count
@@ -221,8 +231,8 @@ class Autoscaler:
 
     def _go_home(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
         """Where a person has set one of two pools, each gets back what the other has of it."""
-        partner = self._partner(pool)
-        if partner is None or not self._borrowed_count(pool) or not (pool.hold or partner.hold):
+        partner = pool.partner
+        if partner is None or not pool.borrowed_count or not (pool.hold or partner.hold):
             return
         if self._may_act(partner, now_s):
             yield self._change_role(pool, partner, "a person has set how many there are", now_s)
@@ -238,7 +248,7 @@ class Autoscaler:
 
     def _grow(self, pool: ScaledPool, now_s: float) -> Iterator[Command]:
         cause = max(pool.causes_to_grow, key=lambda one: self._wanted_count(pool, one), default=None)
-        nodes_count = self._nodes_count(pool)
+        nodes_count = pool.nodes_count
         if pool.hold is not None or cause is None or self._wanted_count(pool, cause) <= nodes_count:
             return
         is_starting = pool.reading.ready_count < nodes_count
@@ -268,13 +278,13 @@ class Autoscaler:
         pause_s = self._shrink_pause_s(pool)
         if pool.hold is not None or pool.roomy_since_s is None or now_s - pool.roomy_since_s < pause_s:
             return
-        partner = self._partner(pool)
+        partner = pool.partner
         fullest = max(pool.pressures, key=lambda one: one.level)
         reason = f"for {pause_s:.0f} s one less was enough: {fullest.words}"
-        if self._borrowed_count(pool):
+        if pool.borrowed_count:
             if self._may_act(partner, now_s):
                 yield self._change_role(pool, partner, reason, now_s)
-        elif not self._lent_count(pool) and pool.aim_count > pool.limits.count_min:
+        elif not pool.lent_count and pool.aim_count > pool.limits.count_min:
             pool.shrunk_s = now_s
             yield self._scale(pool, pool.aim_count - 1, reason, now_s)
 
@@ -287,24 +297,24 @@ class Autoscaler:
 
     def _lender(self, pool: ScaledPool, now_s: float) -> ScaledPool | None:
         """The other pool, where it has had a node to spare for a while which comes sooner than a new one."""
-        partner = self._partner(pool)
+        partner = pool.partner
         if partner is None or partner.hold is not None or not self._may_act(partner, now_s):
             return None
         roomy_since_s = math.inf if partner.roomy_since_s is None else partner.roomy_since_s
         is_spare = now_s - roomy_since_s >= self.config.grow_pause_s
-        comes_home = self._lent_count(pool) > 0
+        comes_home = pool.lent_count > 0
         return partner if is_spare and (comes_home or self._role_change_s < self._start_s) else None
 
     def _change_role(self, lender: ScaledPool, to: ScaledPool, reason: str, now_s: float) -> ChangeRole:
         """Both pools wait until the loan shows."""
         for pool, step in ((lender, -1), (to, 1)):
-            nodes_count = self._nodes_count(pool)
+            nodes_count = pool.nodes_count
             words = f"a {lender.kind} node becomes a {to.kind} node: {to.kind}: {reason}"
-            if step < 0 and self._borrowed_count(lender):
+            if step < 0 and lender.borrowed_count:
                 words = f"a {to.kind} node that was lent goes home: {reason}"
             self._record(pool, nodes_count, nodes_count + step, words, now_s)
         for pool in (lender, to):
-            pool.loans_asked = (self._lent_count(pool), self._borrowed_count(pool))
+            pool.loans_asked = (pool.lent_count, pool.borrowed_count)
             pool.asked_s, pool.roomy_since_s = now_s, None
         return ChangeRole(lender.kind, to.kind, reason)
 
@@ -333,20 +343,6 @@ class Autoscaler:
             )
         return self._pools[kind]
 
-    def _partner(self, pool: ScaledPool) -> ScaledPool | None:
-        return self._pools.get(PARTNERS.get(pool.kind, ""))
-
-    def _lent_count(self, pool: ScaledPool) -> int:
-        return pool.reading.lent_count if pool.reading is not None else 0
-
-    def _borrowed_count(self, pool: ScaledPool) -> int:
-        partner = self._partner(pool)
-        return self._lent_count(partner) if partner is not None else 0
-
-    def _nodes_count(self, pool: ScaledPool) -> int:
-        """Nodes that serve as this kind once all that was asked for has come to be."""
-        return pool.aim_count - self._lent_count(pool) + self._borrowed_count(pool)
-
     def _shrink_pause_s(self, pool: ScaledPool) -> float:
         """Longer after a shrinking that had to be undone, so that no load makes a pool swing for ever."""
         return pool.regret * self.config.shrink_pause_s
@@ -356,6 +352,8 @@ class Autoscaler:
             return f"held at {pool.hold.count} by {pool.hold.by}"
         if pool.kind == GATEWAY or not self.config.is_enabled:
             return "people set its count"
+        if not self._is_loaded:
+            return "the cluster still loads"
         if not pool.is_heard(now_s):
             return "nothing was heard of it of late, so its count stays"
         if pool.is_awaited:
@@ -367,7 +365,7 @@ class Autoscaler:
         if pool.futile_causes:
             return f"more nodes did not help against the {', '.join(sorted(pool.futile_causes))}"
         if max(one.level for one in pool.pressures) > 1:
-            return "at its most" if self._nodes_count(pool) >= pool.limits.count_max else "under pressure"
+            return "at its most" if pool.nodes_count >= pool.limits.count_max else "under pressure"
         if pool.roomy_since_s is not None:
             pause_s = self._shrink_pause_s(pool)
             return f"one less was enough for {now_s - pool.roomy_since_s:.0f} s of {pause_s:.0f} s"
@@ -381,8 +379,8 @@ class Autoscaler:
             reading.ready_count if reading else 0,
             reading.starting_count if reading else 0,
             reading.draining_count if reading else 0,
-            self._lent_count(pool),
-            self._borrowed_count(pool),
+            pool.lent_count,
+            pool.borrowed_count,
             pool.limits.count_min,
             pool.limits.count_max,
             pool.hold,

@@ -84,10 +84,12 @@ class Cluster:
 
     def _wait_ready(self, on_view: Callable[[View], None]) -> View:
         end_s = time.monotonic() + READY_TIMEOUT_S
+        awaited = set(counts(self.config))
         while time.monotonic() < end_s:
             view = pools.view()
             on_view(view)
-            if is_complete(view, self.config):
+            awaited &= incomplete(view, self.config)  # one that was whole may follow the load by now
+            if view.is_ready and not awaited:
                 return view
             if problems := pools.problems():
                 raise not_ready("; ".join(problems))
@@ -106,10 +108,16 @@ def not_ready(why: str) -> InvalidConfig:
 
 def is_complete(view: View, config: ClusterConfig) -> bool:
     """Whether every actor that was asked for is here, and a request would be served."""
-    return view.is_ready and all(
-        sum(member.state == READY for member in view.of_kind(kind)) >= count
+    return view.is_ready and not incomplete(view, config)
+
+
+def incomplete(view: View, config: ClusterConfig) -> set[str]:
+    """Kinds of which fewer actors are ready than were asked for."""
+    return {
+        kind
         for kind, count in counts(config).items()
-    )
+        if sum(member.state == READY for member in view.of_kind(kind)) < count
+    }
 
 
 def check_model(config: ClusterConfig) -> None:

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 from cluster.scaling import Hold, PoolLimits, PoolReading, Pressure
 
 STALE_S = 5.0
+OBEYED_S = 30.0  # in which Serve shows what it was asked for; else the call was lost
 HELPED = 0.9  # of what a growth was for may be left at most, for it to have helped
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ScaledPool:
     """What the autoscaler keeps of one pool."""
 
     limits: PoolLimits
+    partner: "ScaledPool | None" = field(default=None, repr=False)
+    """The pool whose nodes can serve as this one's, if there is one."""
     reading: PoolReading | None = None
     seen_s: float = -math.inf
     """When the reading came; nothing is done about one twice."""
@@ -58,6 +61,33 @@ class ScaledPool:
         """Whether something was asked for that does not show yet."""
         return self.asked_count is not None or self.loans_asked is not None
 
+    @property
+    def lent_count(self) -> int:
+        """Of its actors, those that serve the partner."""
+        return self.reading.lent_count if self.reading is not None else 0
+
+    @property
+    def borrowed_count(self) -> int:
+        """Of the partner's actors, those that serve here."""
+        return self.partner.lent_count if self.partner is not None else 0
+
+    @property
+    def nodes_count(self) -> int:
+        """Nodes that serve as this kind once all that was asked for has come to be."""
+        return self.aim_count - self.lent_count + self.borrowed_count
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether nodes start or drain, as it was read."""
+        reading = self.reading
+        is_moving = reading.starting_count > 0 or reading.draining_count > 0
+        return is_moving or reading.ready_count != self.nodes_count
+
+    def is_moved_by_others(self, count: int) -> bool:
+        """Whether Serve aims at a count that it did not before and was not asked for."""
+        ours = {self.target_count, self.asked_count, *self.overtaken_counts}
+        return self.target_count is not None and count not in ours
+
     def is_heard(self, now_s: float) -> bool:
         """Whether there is a reading, and a fresh one."""
         return self.reading is not None and now_s - self.reading.read_s <= STALE_S
@@ -67,6 +97,12 @@ class ScaledPool:
         if self.asked_count is not None:
             self.overtaken_counts.add(self.asked_count)
         self.asked_count, self.asked_s = count, now_s
+
+    def notice_loans(self, now_s: float) -> None:
+        """A change of role that was asked for shows, or never will."""
+        is_done = self.loans_asked != (self.lent_count, self.borrowed_count)
+        if is_done or now_s - self.asked_s > OBEYED_S:
+            self.loans_asked = None
 
     @property
     def causes(self) -> tuple[Pressure, ...]:

@@ -38,6 +38,7 @@ class Scaler:
         self._starts: dict[str, tuple[int, int, float]] = {}  # by pool: count asked, nodes then ready, when
         self._changes: dict[str, tuple[str, float]] = {}  # by node: the kind that it is to be, asked when
         self._read: dict[str, PoolReading] = {}
+        self._is_loaded = False
         self._problem = ""
 
     async def run(self) -> None:
@@ -74,7 +75,8 @@ class Scaler:
         view = self._membership.view(now_s)
         readings = self._readings.read(view, targets, self._slowness(), now_s)
         self._time(readings, view, now_s)
-        for command in self.autoscaler.decide(readings, now_s):
+        self._is_loaded = self._is_loaded or view.is_ready
+        for command in self.autoscaler.decide(readings, now_s, self._is_loaded):
             await self._do(server, command, now_s)
 
     async def set_count(self, kind: str, count: int | None, by: str) -> None:

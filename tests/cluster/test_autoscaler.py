@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaler import DASHBOARD, OBEYED_S, STUCK_S, Autoscaler
+from cluster.autoscaler import DASHBOARD, STUCK_S, Autoscaler
 from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest
 from cluster.place import autoscaler_config
 from cluster.pressure import pressures
+from cluster.scaled_pool import OBEYED_S
 from cluster.scaling import AutoscalerConfig, ChangeRole, PoolLimits, PoolReading, ScalePool
 
 POOLS = (
@@ -253,6 +254,43 @@ def test_a_count_that_nobody_here_asked_for_was_set_by_a_person():
     assert state(one, "decode").hold.count == 5
     one.hold("gateway", 2, "somebody", 3.0)
     assert state(one, "gateway").hold.count == 2
+
+
+def targets(now_s: float, **counts: int) -> list[PoolReading]:
+    """What Serve aims at, and has."""
+    return [PoolReading(kind, now_s, count, count) for kind, count in counts.items()]
+
+
+def test_a_configuration_that_is_deployed_anew_holds_no_pool():
+    one = autoscaler(is_enabled=False)
+    for now_s, counts in enumerate(({"gateway": 3, "decode": 5}, {"gateway": 1, "decode": 2})):
+        assert one.decide(targets(now_s, prefill=2, experts=2, **counts), now_s) == []
+    assert one.holds == () and state(one, "decode").target_count == 2
+    assert "deployed anew" in state(one, "decode").last_reason
+    one.hold("decode", 5, "somebody", 2.0)
+    one.decide(targets(3, gateway=1, prefill=2, experts=2, decode=5), 3.0)
+    one.decide(targets(4, gateway=4, prefill=2, experts=2, decode=5), 4.0)
+    commands = one.decide(targets(5, gateway=1, prefill=2, experts=2, decode=2), 5.0)
+    assert [(one.kind, one.count) for one in commands] == [("gateway", 4), ("decode", 5)], "holds stay"
+
+
+@pytest.mark.parametrize(
+    "counts", [{"decode": 2}, {"decode": 2, "prefill": 3}], ids=["one pool alone", "to another count"]
+)
+def test_a_person_may_go_back_to_the_configured_count(counts: dict[str, int]):
+    one, before = autoscaler(is_enabled=False), {"prefill": 2, "decode": 5}
+    one.decide(targets(0, **before), 0.0)
+    one.decide(targets(1, **before | counts), 1.0)
+    assert {hold.kind: hold.count for hold in one.holds} == counts
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_a_count_of_gateways_that_serve_lost_is_asked_for_again(is_enabled: bool):
+    one = autoscaler(is_enabled=is_enabled)
+    one.decide(targets(0, gateway=1), 0.0)
+    one.hold("gateway", 3, "somebody", 1.0)
+    [command] = one.decide(targets(OBEYED_S + 2, gateway=1), OBEYED_S + 2)
+    assert (command.kind, command.count) == ("gateway", 3)
 
 
 def test_what_we_asked_for_ourselves_is_no_hold():

@@ -89,6 +89,20 @@ def test_complete_means_all_ready():
     assert not launch.is_complete(replace(view, members=starting), config)
 
 
+def test_a_pool_that_was_whole_once_is_not_awaited_again(ray, folders, monkeypatch):
+    """The autoscaler may shrink it while another pool loads."""
+    looks = [
+        view_of(gateway=1, prefill=2, decode=0, experts=2),
+        view_of(gateway=1, prefill=1, decode=1, experts=2),
+        view_of(gateway=1, prefill=1, decode=2, experts=2),
+    ]
+    left = iter(looks)
+    monkeypatch.setattr(launch, "POLL_S", 0.0)
+    monkeypatch.setattr(launch.pools, "view", lambda: next(left))
+    cluster = launch.Cluster(config_of(prefill={"count": 2}, decode={"count": 2}))
+    assert cluster.start(lambda _: None, lambda _: None) is looks[-1]
+
+
 def test_a_taken_port_is_told_before_anything_starts(ray, folders, capsys):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another gateway has it

@@ -16,11 +16,12 @@ from cluster import scaler as scaler_module
 from cluster.config import check_config
 from cluster.errors import InvalidRequest, NodeUnavailable
 from cluster.gateway_report import GatewayReport
-from cluster.membership import STARTING, Member, Membership
+from cluster.membership import STARTING, Member, Membership, View
 from cluster.scaler import Scaler
 from cluster.scaling import ChangeRole, Hold, PoolsReport, PoolState
 from decode.messages import NodeReport
 from experts.config import PlanConfig
+from experts.messages import Placement
 from experts.plan import Planner
 from experts.rebalance import RebalanceConfig
 from kernels.model.config import ModelConfig
@@ -35,9 +36,17 @@ LOOK_S = 1.0
 def node(name: str, kind: str, pages_leased_count: int = 5, pid: int = 0, **about: str) -> Member:
     """A prefill or decode node with 100 pages."""
     zeros = dict.fromkeys(list(NodeReport.__dataclass_fields__)[3:14], 0)
-    pages = {"pages_total_count": 100, "pages_leased_count": pages_leased_count}
-    report = NodeReport(name, kind, f"memory://{name}", **zeros | pages)
+    numbers = {"pages_total_count": 100, "pages_leased_count": pages_leased_count, "experts_epoch": 1}
+    report = NodeReport(name, kind, f"memory://{name}", **zeros | numbers)
     return Member(name, kind, f"memory://{name}", pid=pid, report=report, **about)
+
+
+class PlacedMembership(Membership):
+    """One whose experts are placed: nodes are all that is awaited."""
+
+    def view(self, now_s: float) -> View:
+        """With a placement in force."""
+        return replace(super().view(now_s), placement_in_force=Placement(1, 1, (), ()))
 
 
 class Town:
@@ -50,7 +59,7 @@ class Town:
             "autoscaler": {"period_s": 0.01, "shrink_pause_s": 10.0} | autoscaler,
         }
         planner = Planner.of_model(model, PlanConfig())
-        self.membership = Membership(model, 2, planner, RebalanceConfig(), expert_bytes=1)
+        self.membership = PlacedMembership(model, 2, planner, RebalanceConfig(), expert_bytes=1)
         self.scaler = Scaler(check_config(values, "test", Path.cwd()), self.membership, window, SHARDS_BOUNDS)
         self.ray, self.window = ray, window
         self.members: dict[str, Member] = {}
@@ -81,8 +90,8 @@ class Town:
         left = list(commands)
         decide = self.scaler.autoscaler.decide
 
-        def planted(readings, now_s: float) -> list:
-            decide(readings, now_s)
+        def planted(readings, now_s: float, is_loaded: bool) -> list:
+            decide(readings, now_s, is_loaded)
             return [left.pop()] if left else []
 
         self.scaler.autoscaler.decide = planted
@@ -157,6 +166,30 @@ def test_a_pool_with_room_shrinks_one_at_a_time_to_its_least(clock):
             town.leave("d1")
             await town.look(30)
             assert town.ray.asked == [("decode", 2), ("decode", 1)] and town.timings == []
+
+    asyncio.run(run())
+
+
+def test_while_the_cluster_loads_no_pool_changes_but_by_people(clock):
+    """Prefill nodes are there and idle, and decode takes minutes: neither is too large for that."""
+
+    async def run() -> None:
+        async with town_of(clock, prefill=2, decode=2) as town:
+            late = node("d", "decode", pid=3)
+            town.add(node("p", "prefill", 0, pid=1), node("q", "prefill", 0, pid=2))
+            town.add(replace(late, state=STARTING, report=None))
+            await town.look(120)
+            assert town.ray.asked == [] and town.pool("prefill").outlook == "the cluster still loads"
+            await town.scaler.set_count("decode", 1, "a person")
+            town.ray.targets["decode"] = 2  # the call was lost
+            await town.look(40)
+            assert town.ray.asked == [("decode", 1), ("decode", 1)], "a person's count is kept all the same"
+            town.add(late)
+            await town.look(12)
+            assert town.ray.asked[2:] == [("prefill", 1)], "from now on the load decides"
+            town.leave("d")
+            await town.look(12)
+            assert town.pool("prefill").outlook != "the cluster still loads", "it has served once"
 
     asyncio.run(run())
 
@@ -367,10 +400,10 @@ def test_a_fault_of_ours_stops_no_further_look(clock, heard):
         async with town_of(clock) as town:
             decide, faults = town.scaler.autoscaler.decide, [ZeroDivisionError()]
 
-            def faulty(readings, now_s: float) -> list:
+            def faulty(readings, now_s: float, is_loaded: bool) -> list:
                 if faults:
                     raise faults.pop()
-                return decide(readings, now_s)
+                return decide(readings, now_s, is_loaded)
 
             town.scaler.autoscaler.decide = faulty
             running = asyncio.create_task(town.scaler.run())
