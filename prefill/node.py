@@ -81,12 +81,12 @@ class PrefillNode:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self.endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame, self._on_closed)
-        self.outbox = Outbox(self.endpoint, self._transfer_failed, transformer.device)
+        self.outbox = Outbox(self.endpoint, self._transfer_failed, self._work.set, transformer.device)
 
     @property
     def is_alive(self) -> bool:
-        """Whether its computing thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether it computes and sends: the threads of both run."""
+        return self._thread is not None and self._thread.is_alive() and self.outbox.is_alive
 
     def start(self) -> None:
         """Receive, compute and send in threads of their own until closed."""

@@ -1,12 +1,16 @@
 """Parcels leave in order, wait for nobody who does not read, and are not sent for those who have gone."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import prefill.outbox
 from decode.messages import FirstToken, Latents, SamplingParameters, checksum
 from kernels.model.host_copies import HostCopy
-from kernels.transport.errors import ChannelClosed, ChannelTimeout, ConnectFailed
+from kernels.transport.endpoint import Endpoint
+from kernels.transport.errors import ChannelClosed, ConnectFailed
 from kernels.transport.tensors import as_bytes
 from prefill.messages import PrefillPrompt
 from prefill.outbox import Outbox, Parcel
@@ -21,28 +25,22 @@ class Wire:
     def __init__(self):
         self.sent: list[tuple[str, dict, list[bytes]]] = []
         self.stalled = False
-        self.flushes_count = 0
+        self.pending_bytes = 0
         self.closed = False
-
-    @property
-    def has_pending(self) -> bool:
-        return self.stalled
 
     def send(self, kind, body, parts=()):
         if self.closed:
             raise ChannelClosed("closed")
         self.sent.append((kind, body, [bytes(part) for part in parts]))
-
-    def flush(self, timeout_s):
-        self.flushes_count += 1
         if self.stalled:
-            raise ChannelTimeout("the peer took nothing")
+            self.pending_bytes += sum(len(part) for part in parts)
 
     def fileno(self):
         return -1 if self.closed else 3
 
     def close(self):
         self.closed = True
+        self.pending_bytes = 0
 
 
 class Wires:
@@ -135,31 +133,145 @@ def test_a_channel_is_forgotten_by_the_address_it_led_to(outbox, wires):
     assert outbox.forget(Wire()) == []
     assert outbox.forget(channel) == ["memory://d"]
     assert outbox.forget(channel) == []
+    assert outbox._lines == {}, "decode nodes that have gone are kept for ever"
     outbox.put(parcel(request()))
     assert len(wires.made) == 2
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds of the outbox, which pass only where a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(prefill.outbox, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def names(wire: Wire) -> list[str]:
+    return [body["request_id"] for _, body, _ in wire.sent]
+
+
 def test_a_decode_node_that_falls_behind_is_waited_for_but_not_without_end(
-    outbox, wires, failed, monkeypatch
+    outbox, wires, failed, monkeypatch, clock
 ):
-    """Only a thread of the outbox's own may wait; so this one says it has one, and is moved by hand."""
     monkeypatch.setattr(prefill.outbox, "UNSENT_BYTES_MAX", 100)
-    outbox._thread = object()
-    requests = [request(str(number)) for number in range(4)]
-    outbox._send(parcel(requests[0]))
+    requests = [request(str(number)) for number in range(5)]
+    outbox.put(parcel(requests[0]))
     ((_, wire),) = wires.made
-    for number in (0, 0, 0):
-        outbox._send(parcel(requests[number]))
-    assert wire.flushes_count == 0, "a wire with nothing unsent was waited for"
+    for _ in range(3):
+        outbox.put(parcel(requests[0]))
+    assert len(wire.sent) == 4, "a wire with nothing unsent was waited for"
     wire.stalled = True
-    outbox._send(parcel(requests[1]))
-    assert (wire.flushes_count, failed) == (0, [])
-    outbox._send(parcel(requests[2]))
-    assert wire.flushes_count == 1 and wire.closed
-    assert failed == [requests[2]]
+    for number in (1, 2, 3):
+        outbox.put(parcel(requests[number]))
+    assert names(wire)[4:] == ["1", "2"]
+    for _ in range(3):  # slow, but it takes something each time
+        clock[0] += 9.0
+        wire.pending_bytes -= 1
+        outbox.send_all()
+    clock[0] += 9.9
+    outbox.send_all()
+    assert failed == [] and not wire.closed
+    clock[0] += 0.2
+    outbox.send_all()
+    assert failed == [requests[3]] and wire.closed
     outbox.forget(wire)
-    outbox._send(parcel(requests[3]))
-    assert failed == [requests[2]]
+    outbox.put(parcel(requests[4]))
+    assert failed == [requests[3], requests[4]] and len(wires.made) == 1
+    clock[0] += 5.1
+    outbox.put(parcel(request("later")))
+    assert names(wires.made[1][1]) == ["later"]
+
+
+def test_what_a_decode_node_takes_at_last_goes_on_in_order(outbox, wires, monkeypatch):
+    monkeypatch.setattr(prefill.outbox, "UNSENT_BYTES_MAX", 50)
+    sent = request()
+    outbox.put(parcel(sent))
+    ((_, wire),) = wires.made
+    wire.stalled = True
+    for layer in range(1, 5):
+        outbox.put(parcel(sent, layer))
+    outbox.put(Parcel(sent, 0, 0, 0, None, 17))
+    assert len(wire.sent) == 2
+    wire.stalled, wire.pending_bytes = False, 0
+    outbox.send_all()
+    assert [body.get("layer") for _, body, _ in wire.sent] == [0, 1, 2, 3, 4, None]
+
+
+def test_a_dropped_request_does_not_wait_for_a_full_channel(outbox, wires, monkeypatch):
+    monkeypatch.setattr(prefill.outbox, "UNSENT_BYTES_MAX", 50)
+    outbox.put(parcel(request()))
+    ((_, wire),) = wires.made
+    wire.stalled = True
+    gone = request("gone")
+    for _ in range(3):
+        outbox.put(parcel(gone))
+    gone.is_dropped = True
+    outbox.send_all()
+    assert len(wire.sent) == 2
+    assert outbox._waiting() == []
+
+
+def test_decode_nodes_have_equal_shares_of_what_may_wait(outbox, wires, monkeypatch):
+    size_bytes = parcel(request()).size_bytes
+    monkeypatch.setattr(prefill.outbox, "UNSENT_BYTES_MAX", 0)
+    monkeypatch.setattr(prefill.outbox, "QUEUED_BYTES_MAX", 2 * size_bytes)
+    for address in ("memory://d", "memory://e"):
+        outbox.put(parcel(request(address=address)))
+        wires.made[-1][1].pending_bytes = 1
+    outbox.put(parcel(request()))
+    assert outbox.has_room("memory://d")
+    outbox.put(parcel(request(address="memory://e")))
+    assert not outbox.has_room("memory://d") and not outbox.has_room("memory://e")
+    assert outbox.has_room("memory://f")
+    wires.made[1][1].pending_bytes = 0
+    outbox.send_all()
+    assert outbox.has_room("memory://d") and outbox.has_room("memory://e")
+
+
+def test_where_nobody_answers_is_not_tried_again_for_each_request(outbox, wires, failed, monkeypatch, clock):
+    tries = []
+
+    def nobody(address, timeout_s):
+        tries.append(address)
+        clock[0] += timeout_s
+        raise ConnectFailed(f"nobody answers at {address}")
+
+    with monkeypatch.context() as during:
+        during.setattr(wires, "connect", nobody)
+        requests = [request(str(number)) for number in range(5)]
+        for some in requests:
+            outbox.put(parcel(some))
+    assert (len(tries), failed) == (1, requests)
+    outbox.put(parcel(request(address="memory://e")))
+    clock[0] += 5.0
+    outbox.put(parcel(request("back")))
+    assert [address for address, _ in wires.made] == ["memory://e", "memory://d"]
+
+
+def test_a_decode_node_that_never_reads_holds_up_no_other(monkeypatch):
+    """Real sockets and threads: one endpoint is never polled, the other one has its frame at once."""
+    monkeypatch.setattr(prefill.outbox, "UNSENT_BYTES_MAX", 1 << 20)
+    arrived: list[str] = []
+    addresses = ["memory://outbox-frozen", "memory://outbox-well"]
+    frozen, well = (Endpoint(a, "s", a, lambda _, frame: arrived.append(frame.kind)) for a in addresses)
+    own = Endpoint("memory://outbox-own", "s", "own", lambda *_: None)
+    outbox = Outbox(own, lambda request: None)
+    for part in (well, own, outbox):
+        part.start()
+    stuck, large = request("stuck", addresses[0]), torch.zeros(1 << 20)
+    for layer in range(8):
+        outbox.put(Parcel(stuck, layer, 0, 1 << 10, HostCopy(large)))
+    time.sleep(0.1)
+    begin_s = time.monotonic()
+    outbox.put(parcel(request("quick", addresses[1])))
+    while not arrived and time.monotonic() < begin_s + 1.0:
+        time.sleep(0.005)
+    assert arrived == ["Latents"]
+    assert outbox._waiting(), "the frozen node took all: nothing was tested"
+    assert outbox.is_alive
+    outbox.close()
+    for part in (own, well, frozen):
+        part.close()
 
 
 def test_a_thread_of_its_own_sends_all_and_ends(outbox, wires, failed):
