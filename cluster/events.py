@@ -47,7 +47,14 @@ class NodeJoined:
 
 @dataclass(frozen=True)
 class NodeLost:
-    """The channel to a node has closed."""
+    """The channel to a node has closed, or the node has answered nothing for long."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class NodeFellSilent:
+    """A node answers nothing for a while: it may be gone, or may go on."""
 
     name: str
 
@@ -72,7 +79,16 @@ class TimePassed:
     """Some time has gone by; leases may want extending, and waiting requests another try."""
 
 
-Event = RequestAdmitted | RequestCancelled | NodeJoined | NodeLost | NodeDrained | NodeSaid | TimePassed
+Event = (
+    RequestAdmitted
+    | RequestCancelled
+    | NodeJoined
+    | NodeLost
+    | NodeFellSilent
+    | NodeDrained
+    | NodeSaid
+    | TimePassed
+)
 
 
 # commands

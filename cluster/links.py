@@ -5,18 +5,23 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.events import Event, NodeDrained, NodeJoined, NodeLost, NodeSaid
+from cluster.events import Event, NodeDrained, NodeFellSilent, NodeJoined, NodeLost, NodeSaid
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.node_messages import read_from_node, send_to_node
 from decode.messages import AskReport
 from kernels.transport.connect import connect
-from kernels.transport.errors import ChannelClosed, ChannelError
+from kernels.transport.errors import ChannelClosed, ChannelError, ChannelTimeout
 from kernels.transport.stream import StreamChannel
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0
 NODE_KINDS = ("prefill", "decode")
+
+# Reports asked for and not answered, of four a second: counted instead of seconds, so that a gateway which
+# stood still itself thinks nobody silent. A node's own thread answers, however long its steps are.
+SILENT_ASKS_COUNT = 12
+LOST_ASKS_COUNT = 60
 
 
 class NodeLinks:
@@ -28,6 +33,7 @@ class NodeLinks:
         self._on_event = on_event
         self._channels: dict[str, StreamChannel] = {}
         self._kinds: dict[str, str] = {}
+        self._unanswered_counts: dict[str, int] = {}
         self._writing: set[str] = set()
         self._closed = False
 
@@ -53,9 +59,15 @@ class NodeLinks:
         self._watch_pending(name, channel)
 
     def ask_reports(self) -> None:
-        """Ask every node for its numbers; they come as events."""
-        for name in list(self._channels):
-            self.send(name, AskReport())
+        """Ask every node for its numbers; they come as events. Who leaves many unanswered is lost."""
+        for name, channel in list(self._channels.items()):
+            unanswered_count = self._unanswered_counts[name]
+            if unanswered_count == LOST_ASKS_COUNT:
+                self._lose(name, channel, ChannelTimeout(f"it left {unanswered_count} questions unanswered"))
+                continue
+            if unanswered_count == SILENT_ASKS_COUNT:
+                self._on_event(NodeFellSilent(name))
+            self._ask_report(name)
 
     def close(self) -> None:
         """Close all channels, and those that are being opened."""
@@ -77,15 +89,21 @@ class NodeLinks:
         channel.peer = member.name
         self._channels[member.name] = channel
         self._kinds[member.name] = member.kind
+        self._unanswered_counts[member.name] = 0
         asyncio.get_running_loop().add_reader(channel.fileno(), self._readable, member.name, channel)
         self._on_event(NodeJoined(member.name, member.kind, member.address))
-        self.send(member.name, AskReport())
+        self._ask_report(member.name)
+
+    def _ask_report(self, name: str) -> None:
+        self._unanswered_counts[name] += 1
+        self.send(name, AskReport())
 
     def _readable(self, name: str, channel: StreamChannel) -> None:
         if self._channels.get(name) is not channel:
             return
         try:
             while (frame := channel.receive_ready()) is not None:
+                self._unanswered_counts[name] = 0
                 self._on_event(NodeSaid(name, read_from_node(self._kinds[name], frame)))
         except ChannelError as error:
             self._lose(name, channel, error)
@@ -113,7 +131,7 @@ class NodeLinks:
         self._on_event(NodeLost(name))
 
     def _forget(self, name: str, channel: StreamChannel) -> None:
-        del self._channels[name], self._kinds[name]
+        del self._channels[name], self._kinds[name], self._unanswered_counts[name]
         self._writing.discard(name)
         loop = asyncio.get_running_loop()
         if channel.fileno() >= 0:

@@ -16,6 +16,7 @@ class NodeView:
     kind: str
     address: str
     is_draining: bool = False
+    is_silent: bool = False
     report: NodeReport | None = None
     requests_count: int = 0
     """This router's requests on the node."""
@@ -33,7 +34,7 @@ class NodeView:
     @property
     def is_ready(self) -> bool:
         """Whether requests may go there."""
-        return self.is_known and not self.is_draining
+        return self.is_known and not self.is_draining and not self.is_silent
 
     @property
     def pages_total_count(self) -> int:

@@ -19,6 +19,7 @@ from cluster.events import (
     FailRequest,
     FinishRequest,
     NodeDrained,
+    NodeFellSilent,
     NodeJoined,
     NodeLost,
     NodeSaid,
@@ -87,9 +88,10 @@ class Router:
             case NodeJoined(name, kind, address):
                 yield from self._node_lost(name, now_s)  # a restart may be seen before the loss
                 self.nodes[name] = NodeView(name, kind, address)
-            case NodeDrained(name):
-                if name in self.nodes:
-                    self.nodes[name].is_draining = True
+            case NodeDrained(name) if name in self.nodes:
+                self.nodes[name].is_draining = True
+            case NodeFellSilent(name) if name in self.nodes:
+                self.nodes[name].is_silent = True
             case NodeLost(name):
                 yield from self._node_lost(name, now_s)
             case NodeSaid(name, message):
@@ -198,6 +200,9 @@ class Router:
     # what nodes say
 
     def _heard(self, name: str, message: object, now_s: float) -> Iterator[Command]:
+        if name in self.nodes and self.nodes[name].is_silent:
+            self.nodes[name].is_silent = False
+            self._may_place = True
         match message:
             case NodeReport():
                 self._take_report(name, message)

@@ -1,12 +1,15 @@
 """The three calls over real gRPC, with real nodes in threads: streams, stops, cancels, refusals, shedding."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2
 
+from cluster import links
 from cluster.client import Admitted, Client, Delta, Finished, as_values
 from cluster.errors import (
     Cancelled,
@@ -24,8 +27,12 @@ from cluster.proto import trivium_pb2
 from cluster.text_stream import TextStream
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestedGeneration, RequestedSampling
+from decode.messages import UP
 from experts.messages import Placement, ShardReport
-from tests.cluster.served import FOLDER, load_transformer, running_nodes, served, until, view_of
+from kernels.transport.endpoint import Endpoint
+from kernels.transport.frame import Frame
+from kernels.transport.stream import StreamChannel
+from tests.cluster.served import FOLDER, SECRET, load_transformer, running_nodes, served, until, view_of
 
 GREEDY = RequestedSampling(temperature=0.0, tokens_max=12, ignore_eos=True)
 ENDLESS = RequestedSampling(temperature=0.0, tokens_max=400, ignore_eos=True)
@@ -104,6 +111,60 @@ def test_a_stop_string_in_the_last_token_takes_the_end_that_came_with_it():
     assert delta.matched == "meet"
     assert delta.text == " roads " or delta.text == "roads "
     assert len(delta.token_ids) <= len(token_ids), "nothing after the stop string"
+
+
+def test_a_node_that_falls_silent_for_long_loses_its_requests_to_another(nodes, monkeypatch, tmp_path):
+    monkeypatch.setattr(links, "LOST_ASKS_COUNT", 2)
+    monkeypatch.setattr(links, "SILENT_ASKS_COUNT", 1)
+    most_count = 2 * nodes["d"].report().pages_total_count
+    address = f"unix://{tmp_path}/mute"
+
+    def answer_once(channel: StreamChannel, frame: Frame) -> None:
+        UP.send(channel, replace(nodes["d"].report(), name="mute", pages_free_count=most_count))
+        mute._on_frame = lambda *_: None
+
+    mute = Endpoint(address, SECRET, "mute", answer_once)
+    mute.start()
+
+    async def run() -> None:
+        view = View((*view_of(nodes).members, Member("mute", "decode", address)))
+        async with served(view) as gateway, Client(gateway.address) as client:
+            router, unanswered_counts = gateway.desk.router, gateway.desk._links._unanswered_counts
+            await until(lambda: all(node.is_known for node in router.nodes.values()))
+            asked = asyncio.create_task(events_of(client, TEXT))
+            await until(lambda: any(route.decode == "mute" for route in router.routes.values()))
+            while "mute" in router.nodes:
+                await until(lambda: unanswered_counts["p"] == unanswered_counts["d"] == 0)
+                gateway.desk._links.ask_reports()
+            assert len(tokens_of(await asked)) == 12
+            assert router.retries_count == 1
+            await gateway.is_idle()
+
+    asyncio.run(run())
+    mute.close()
+
+
+@pytest.mark.parametrize("name", ["p", "d"])
+def test_a_node_in_a_long_step_still_answers(nodes, monkeypatch, name):
+    begun, ended = threading.Event(), threading.Event()
+
+    def long_step() -> int:
+        begun.set()
+        while not ended.is_set():  # no sleep: it takes all of Python that it can get
+            pass
+        return 1
+
+    async def run() -> None:
+        async with served(view_of(nodes)) as gateway:
+            monkeypatch.setattr(nodes[name], "step", long_step)
+            nodes[name]._work.set()
+            await asyncio.to_thread(begun.wait, 10)
+            gateway.desk._links.ask_reports()
+            await until(lambda: gateway.desk._links._unanswered_counts[name] == 0)
+            assert begun.is_set() and not ended.is_set()
+            ended.set()
+
+    asyncio.run(run())
 
 
 def test_clients_that_leave_free_everything(nodes):

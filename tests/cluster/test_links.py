@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster import links as links_module
-from cluster.events import Event, NodeDrained, NodeJoined, NodeLost, NodeSaid
-from cluster.links import NodeLinks
+from cluster.events import Event, NodeDrained, NodeFellSilent, NodeJoined, NodeLost, NodeSaid
+from cluster.links import LOST_ASKS_COUNT, SILENT_ASKS_COUNT, NodeLinks
 from cluster.membership import DRAINING, STARTING, Member, View
 from decode.messages import UP, AskReport, CancelRequest, NodeReport
 from kernels.transport.endpoint import Endpoint
@@ -135,6 +135,30 @@ def test_a_closed_channel_loses_the_node_once_and_it_may_come_back(start):
         await gateway.until(lambda: len(node.peers) == 2)
         node.peers[1].send("what", None)
         await gateway.until(lambda: len(gateway.of(NodeLost)) == 2)
+        gateway.links.close()
+
+    asyncio.run(run())
+
+
+def test_a_node_that_answers_nothing_falls_silent_and_is_lost(start):
+    node = start("d")
+
+    async def run() -> None:
+        gateway = Gateway()
+        await gateway.joined(node)
+        for heard_count in (1, 2):
+            for _ in range(SILENT_ASKS_COUNT):
+                gateway.links.ask_reports()
+            node.report()
+            await gateway.until(lambda heard_count=heard_count: len(gateway.of(NodeSaid)) == heard_count)
+        assert gateway.of(NodeFellSilent) == [NodeFellSilent("d")], "the first time it spoke just in time"
+        for _ in range(LOST_ASKS_COUNT):
+            gateway.links.ask_reports()
+        assert gateway.of(NodeLost) == []
+        gateway.links.ask_reports()
+        assert gateway.of(NodeLost) == [NodeLost("d")]
+        await gateway.links.follow(View((node.member(),)))
+        assert len(gateway.of(NodeJoined)) == 2, "it may come back"
         gateway.links.close()
 
     asyncio.run(run())

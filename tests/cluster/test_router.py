@@ -11,6 +11,7 @@ from cluster.events import (
     FailRequest,
     FinishRequest,
     NodeDrained,
+    NodeFellSilent,
     NodeJoined,
     NodeLost,
     NodeSaid,
@@ -156,6 +157,19 @@ def story() -> Story:
 
 
 # the way of a request that nothing disturbs
+
+
+@pytest.mark.parametrize("name", ["p", "d"])
+def test_a_silent_node_keeps_what_it_has_and_gets_nothing_new_until_it_speaks(name):
+    story = Story()
+    story.join("p")
+    story.join("d")
+    story.admit("a")
+    assert story.tell(NodeFellSilent(name)) == []
+    assert reserved(story.admit("b")) == []
+    assert reserved(story.report(name, 9, 10)) == [("b", "d")]
+    assert story.generation("a") == 1
+    story.tell(NodeFellSilent("nobody"))
 
 
 def test_a_request_walks_down_and_its_tokens_come_up(story: Story):
