@@ -1,5 +1,6 @@
 """TLS between clients and gateways: the gateways' certificate, and whom clients trust."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import grpc
 
 from cluster.config import GatewaySection
 from cluster.errors import InvalidConfig
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "grpcs://"
 TRUSTED_FILE = "TRIVIUM_TLS_CA"
@@ -18,9 +21,45 @@ def server_credentials(section: GatewaySection) -> grpc.ServerCredentials | None
     """What gateways show, or None where they speak no TLS; raises InvalidConfig."""
     if section.tls_certificate_file is None or section.tls_key_file is None:
         return None
-    chain = read_pem(section.tls_certificate_file, "gateway.tls_certificate_file", b"CERTIFICATE")
-    key = read_pem(section.tls_key_file, "gateway.tls_key_file", b"PRIVATE KEY")
-    return grpc.ssl_server_credentials([(key, chain)])
+    certificate = Certificate(section.tls_certificate_file, section.tls_key_file)
+    return grpc.dynamic_ssl_server_credentials(certificate.read(), certificate.renewed)
+
+
+class Certificate:
+    """A gateway's certificate and its key; whoever renews them replaces the files."""
+
+    def __init__(self, chain: Path, key: Path):
+        self._chain, self._key = chain, key
+        self._stamps: tuple = ()
+
+    def read(self) -> grpc.ServerCertificateConfiguration:
+        """What the files hold now; raises InvalidConfig."""
+        self._stamps = self._stamps_now()  # first: what changes while files are read is read again
+        chain = read_pem(self._chain, "gateway.tls_certificate_file", b"CERTIFICATE")
+        key = read_pem(self._key, "gateway.tls_key_file", b"PRIVATE KEY")
+        return grpc.ssl_server_certificate_configuration([(key, chain)])
+
+    def renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """What changed files hold, or None to go on with what there is; gRPC asks before each handshake."""
+        if self._stamps_now() == self._stamps:
+            return None
+        try:
+            return self.read()
+        except InvalidConfig as error:
+            logger.warning("the certificate before is still shown: %s", error)
+            return None
+
+    def _stamps_now(self) -> tuple:
+        return tuple(map(stamp, (self._chain, self._key)))
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What is another for another file in its place; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def open_channel(address: str, options: list[tuple[str, object]]) -> grpc.aio.Channel:

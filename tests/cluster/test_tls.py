@@ -2,6 +2,8 @@
 
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,32 +18,49 @@ from cluster.router import Router
 from cluster.tls import TRUSTED_FILE, server_credentials
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def make_certificate(folder: Path) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 that has signed itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
     certificate, key = folder / "tls.crt", folder / "tls.key"
-    asked = ("-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=gateway")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+    asked = ("-x509", *curve, "-nodes", "-days", "2", "-subj", "/CN=gateway")
     named = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate))
     subprocess.run(["openssl", "req", *asked, *named], check=True, capture_output=True)
     return certificate, key
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One that all tests share."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 def section(certificate: tuple[Path, Path]) -> GatewaySection:
     return GatewaySection(tls_certificate_file=certificate[0], tls_key_file=certificate[1])
 
 
-async def requests_at(certificate: tuple[Path, Path], scheme: str) -> int:
-    """How many requests a gateway behind TLS tells a client of."""
+@asynccontextmanager
+async def gateway(certificate: tuple[Path, Path]) -> AsyncIterator[str]:
+    """Host and port of a gateway behind TLS that knows of no request."""
     server = make_server(1 << 20, Tokens())
     trivium_pb2_grpc.add_OperationsServicer_to_server(OperationsService(None, Router(10.0)), server)
     port = bind(server, "127.0.0.1", 0, server_credentials(section(certificate)))
     await server.start()
     try:
-        async with Client(f"{scheme}127.0.0.1:{port}") as client:
-            return (await client.get_requests(timeout_s=5.0)).requests_count
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(0)
+
+
+async def told_at(address: str) -> int:
+    """How many requests a new client is told of."""
+    async with Client(address) as client:
+        return (await client.get_requests(timeout_s=5.0)).requests_count
+
+
+async def requests_at(certificate: tuple[Path, Path], scheme: str) -> int:
+    """How many requests a gateway behind TLS tells a client of."""
+    async with gateway(certificate) as address:
+        return await told_at(scheme + address)
 
 
 def test_a_client_that_trusts_the_authority_is_served(certificate, monkeypatch):
@@ -54,6 +73,28 @@ def test_one_that_does_not_or_speaks_no_tls_is_not(certificate, monkeypatch, sch
     monkeypatch.delenv(TRUSTED_FILE, raising=False)
     with pytest.raises(NodeUnavailable):
         asyncio.run(requests_at(certificate, scheme))
+
+
+def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path, monkeypatch):
+    files = make_certificate(tmp_path)
+
+    def trust(name: str) -> None:
+        (tmp_path / name).write_bytes(files[0].read_bytes())
+        monkeypatch.setenv(TRUSTED_FILE, str(tmp_path / name))
+
+    async def run() -> None:
+        trust("old")
+        async with gateway(files) as address:
+            assert await told_at(f"grpcs://{address}") == 0
+            files[1].unlink()
+            assert await told_at(f"grpcs://{address}") == 0, "half a renewal ends nothing"
+            make_certificate(tmp_path)
+            with pytest.raises(NodeUnavailable):
+                await told_at(f"grpcs://{address}")
+            trust("new")
+            assert await told_at(f"grpcs://{address}") == 0
+
+    asyncio.run(run())
 
 
 def test_files_that_are_none_are_told(certificate, tmp_path):
