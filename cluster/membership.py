@@ -164,7 +164,7 @@ class Membership:
         self._heard_s.pop(name, None)
         self._observed_s.pop(name, None)
         self._roles.pop(name, None)
-        self.experts.load.leave(name)
+        self.experts.leave(name)
 
     def silences_s(self, now_s: float) -> dict[str, float]:
         """Seconds since each member was heard, by name."""
@@ -223,7 +223,9 @@ class Membership:
                 self.leave(other.name)
 
     def _learn(self, member: Member, now_s: float) -> None:
-        """Take a shard's load, and a placement that was in force before this coordinator began."""
+        """Take a shard's progress and load, and a placement in force before this coordinator began."""
+        if isinstance(member.report, ShardReport):
+            self.experts.get_on(member.name, member.report.epoch, member.loaded_share, now_s)
         is_news = now_s - self._observed_s.get(member.name, -OBSERVE_S) >= OBSERVE_S
         if isinstance(member.report, ShardReport) and member.report.load and is_news:
             self._observed_s[member.name] = now_s

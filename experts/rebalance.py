@@ -6,8 +6,8 @@ such steps, each of which loads few bytes and leaves every expert with a home.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,8 +81,6 @@ class Rebalance:
         self.rebalances_count = 0
         self.rollbacks_count = 0
         self.stalls_count = 0
-        self.laggards: set[str] = set()
-        """Shards that did not load what they were given, and hold nothing that is in force."""
         self._expert_bytes = expert_bytes
         self._steps: deque[Homes] = deque()
         self._given_out_s = 0.0
@@ -90,6 +88,9 @@ class Rebalance:
         self._pause_s = config.pause_s
         self._trial: Trial | None = None
         self._slots: dict[str, np.ndarray] = {}
+        self._late_epochs: dict[str, int] = {}
+        self._progress: dict[str, tuple[int, float]] = {}
+        self._progress_s: dict[str, float] = {}
         self._bytes_per_s: float | None = None
 
     @property
@@ -97,10 +98,32 @@ class Rebalance:
         """Whether experts are on their way."""
         return bool(self._steps) or self.placement is not self.in_force
 
+    @property
+    def laggards(self) -> Set[str]:
+        """Shards that hold nothing in force, and could not load what they were given: until they have."""
+        return self._late_epochs.keys()
+
     def observe(self, shard: str, totals: tuple[tuple[int, ...], ...], now_s: float) -> None:
         """Take the load that a shard reports, in slots since it began."""
         self.load.observe(shard, totals, now_s)
         self._slots[shard] = np.asarray(totals, dtype=np.int64).sum(axis=1)
+
+    def get_on(self, shard: str, epoch: int, loaded_share: float, now_s: float) -> None:
+        """Take how far a shard has come: after which placement, and with how much of the next.
+
+        Who gets on is slow, and not stuck; who fails again and again where it has failed before is.
+        """
+        progress = (epoch, loaded_share if loaded_share < 1 else 0.0)
+        if progress > self._progress.get(shard, (0, 0.0)):
+            self._progress[shard], self._progress_s[shard] = progress, now_s
+
+    def leave(self, shard: str) -> None:
+        """A shard has gone; what it computed is still remembered."""
+        self.load.leave(shard)
+        if self._slots.pop(shard, None) is not None:
+            self._trial = None  # the shards are not those that it was begun with
+        for known in (self._progress, self._progress_s, self._late_epochs):
+            known.pop(shard, None)
 
     def begin(self, placement: Placement, now_s: float) -> None:
         """Give out a first placement, or one that owes nothing to what was before."""
@@ -160,11 +183,14 @@ class Rebalance:
         """Go on as far as shards (by name) and nodes have come: `nodes_epoch` is that of the last of them."""
         if self.placement is None:
             return
+        self._late_epochs = {
+            name: late for name, late in self._late_epochs.items() if epochs.get(name) != late
+        }
         if self.placement is not self.in_force:
             if all(epochs.get(shard.name) == self.placement.epoch for shard in self.placement.shards):
                 self._arrive(now_s)
-            elif now_s - self._given_out_s > self.config.stall_s:
-                self._give_up(epochs, now_s)
+            elif stuck := self._stuck(epochs, now_s):
+                self._give_up(stuck, now_s)
         elif nodes_epoch >= self.placement.epoch:
             if self._steps:
                 self._give_out(self._next(self._steps.popleft()), now_s)
@@ -183,22 +209,49 @@ class Rebalance:
             self._bytes_per_s = max(self._trial.forecast.bytes_count, 1) / loading_s
             self._rest_until_s = now_s + self._pause_s
 
-    def _give_up(self, epochs: Mapping[str, int], now_s: float) -> None:
-        """Some shard does not load: raise the alarm, and go back to what works where that is possible."""
+    def _stuck(self, epochs: Mapping[str, int], now_s: float) -> set[str]:
+        """Shards that have not loaded what they were given, and for long have not got on with it."""
         late = {
             shard.name for shard in self.placement.shards if epochs.get(shard.name) != self.placement.epoch
         }
-        serving = {shard.name for shard in self.in_force.shards} if self.in_force else set()
-        self.laggards = late - serving
+        since_s = self._given_out_s
+        return {
+            name
+            for name in late
+            if now_s - max(since_s, self._progress_s.get(name, since_s)) > self.config.stall_s
+        }
+
+    def _give_up(self, stuck: set[str], now_s: float) -> None:
+        """Some shard does not load: raise the alarm, and go back to what works as far as it is there."""
+        self._late_epochs |= dict.fromkeys(stuck - self._serving(), self.placement.epoch)
         self.stalls_count += 1
         self.is_stalled = True
         self._steps.clear()
         self._trial = None
         self._given_out_s = now_s
         self._rest_until_s = now_s + self._pause_s
-        back = self.in_force
-        if back is not None and back.shards == self.placement.shards and back.homes != self.placement.homes:
-            self._give_out(self._next(back.homes), now_s)
+        homes = self._homes_without(stuck) if self.in_force else self.placement.homes
+        if homes != self.placement.homes:
+            self._give_out(self._next(homes), now_s)
+
+    def _serving(self) -> set[str]:
+        """Shards that some expert in force has its home on."""
+        if self.in_force is None:
+            return set()
+        homes = {shard for layer in self.in_force.homes for home in layer for shard in home}
+        return {self.in_force.shards[shard].name for shard in homes}
+
+    def _homes_without(self, stuck: set[str]) -> Homes:
+        """What is in force, on the shards there are; others than `stuck` take what has no home left."""
+        shards = self.placement.shards
+        kept = homes_among(self.in_force, shards)
+        able = tuple(shard for shard in shards if shard.name not in stuck)
+        if all(all(layer) for layer in kept):
+            return kept
+        if not able:
+            return self.placement.homes
+        homes = self.solve(self.load.shares(), able, homes_among(self.in_force, able))
+        return with_homes(kept, homes_among(replace(self.placement, shards=able, homes=homes), shards))
 
     def _consider(self, now_s: float) -> None:
         """Judge the last rebalance, then see whether another is worth it."""
@@ -220,9 +273,6 @@ class Rebalance:
         if trial.slots_before is None:
             return True
         slots = self._computed() - trial.slots_before
-        if (slots < 0).any():  # a shard began anew, and counts from zero
-            trial.slots_before = self._computed()
-            return False
         if slots.sum() < self._slots_min:
             return False
         measured = balance_of(slots).slowness

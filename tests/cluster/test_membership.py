@@ -297,6 +297,20 @@ def test_a_newcomer_that_never_loads_holds_nobody_up(town):
     assert names(turn_without_c(16).placement_in_force) == ["a"]
 
 
+def test_slow_loaders_are_waited_for_at_the_first_start():
+    town = Town(expected_count=8)
+    durations_s = {f"s{turn}": 110.0 + 20 * turn / 7 for turn in range(8)}
+    town.add(*(shard(name, loaded_share=0.0) for name in durations_s))
+    epochs = set()
+    for _ in range(280):
+        view = town.turn(obedient=False)
+        epochs |= {view.placement.epoch} if view.placement else set()
+        for name, duration_s in durations_s.items():
+            layers_count = min(int(58 * town.now_s / duration_s), 58)
+            town.members[name] = shard(name, epoch=int(layers_count == 58), loaded_share=layers_count / 58)
+    assert epochs == {1} and names(view.placement_in_force) == sorted(durations_s)
+
+
 def test_a_placement_for_which_there_is_no_room_is_told_and_not_tried_again(town, monkeypatch):
     asked = []
 

@@ -44,6 +44,8 @@ class Group:
         self.nodes_epoch = 0
         self.loaded_max = 0  # replicas that one step had loaded
         self.deaf: set[str] = set()
+        self.full: set[str] = set()  # they load nothing that they do not hold
+        self.held: dict[str, set[tuple[int, int]]] = {}
         self.now_s = 0.0
         homes = (even_homes(len(names), experts_count),) * layers_count
         self.rebalance.begin(Placement(1, FIRST_LAYER, addresses(names), homes), self.now_s)
@@ -55,8 +57,10 @@ class Group:
             self.now_s += 0.5
             before = self.rebalance.placement
             for shard in before.shards:
-                if shard.name not in self.deaf:
-                    self.epochs[shard.name] = before.epoch
+                wanted = set(before.experts_of(shard.name))
+                is_full = shard.name in self.full and not wanted <= self.held.get(shard.name, set())
+                if shard.name not in self.deaf and not is_full:
+                    self.epochs[shard.name], self.held[shard.name] = before.epoch, wanted
             if tokens is not None:
                 self._compute(tokens)
             self.rebalance.advance(self.epochs, self.nodes_epoch, self.now_s)
@@ -296,6 +300,46 @@ def test_a_newcomer_that_never_loads_is_told_of():
     group.turn(2)
     assert [shard.name for shard in group.rebalance.in_force.shards] == ["a", "b"]
     assert not group.rebalance.is_stalled
+
+
+def test_a_newcomer_that_took_nothing_and_then_cannot_load_serves_nobody():
+    group = Group("ab", stall_s=5.0)
+    group.full = {"c"}
+    group.rebalance.go_on_with(addresses("abc"), 0, group.now_s)
+    group.turn(20, SKEWED)
+    assert "c" in [shard.name for shard in group.rebalance.in_force.shards], "it took the empty beginning"
+    group.rebalance.go_on_with(addresses("ac"), 0, group.now_s)
+    group.turn(20)
+    assert group.rebalance.laggards == {"c"} and group.rebalance.stalls_count == 2
+    assert group.rebalance._serving() == {"a"}, "what had no home is served without waiting for a newcomer"
+    epochs = group.epochs | group.rebalance._late_epochs
+    group.rebalance.advance(epochs, group.nodes_epoch, group.now_s)
+    assert not group.rebalance.laggards, "it has loaded what it was late for"
+
+
+def test_what_a_full_shard_cannot_take_over_goes_to_another():
+    group = Group("abc", stall_s=5.0)
+    group.full = {"b"}
+    before = group.rebalance.in_force
+    group.rebalance.go_on_with(addresses("ab"), 0, group.now_s)
+    assert group.rebalance.placement.experts_of("b") != before.experts_of("b"), "else nothing is asked of it"
+    group.turn(20)
+    in_force = group.rebalance.in_force
+    assert in_force.experts_of("b") == before.experts_of("b") and not group.rebalance.is_stalled
+    assert set(in_force.experts_of("a")) >= set(before.experts_of("c")) and not group.rebalance.laggards
+
+
+def test_who_gets_on_is_slow_and_who_fails_at_the_same_place_is_stuck():
+    group = Group("ab", stall_s=5.0)
+    group.deaf = {"c", "d"}
+    group.rebalance.go_on_with(addresses("abcd"), 0, group.now_s)
+    for turn in range(40):
+        group.rebalance.get_on("c", 0, turn / 40, group.now_s)
+        group.rebalance.get_on("d", 0, turn % 4 / 4, group.now_s)
+        group.turn()
+    assert group.rebalance.laggards == {"d"}
+    group.rebalance.leave("d")
+    assert not group.rebalance.laggards
 
 
 def test_little_even_traffic_on_many_experts_moves_nothing():
