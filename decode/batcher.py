@@ -17,6 +17,7 @@ class DecodeBatcher:
         self.requests_max = requests_max
         self._waiting: deque[DecodeRequest] = deque()
         self._running: list[DecodeRequest] = []
+        self._suspects: list[DecodeRequest] = []
 
     @property
     def requests_waiting_count(self) -> int:
@@ -25,7 +26,7 @@ class DecodeBatcher:
 
     @property
     def requests_running_count(self) -> int:
-        """Requests in the next step."""
+        """Requests in the next step, but for those that step alone."""
         return len(self._running)
 
     def admit(self, requests: Iterable[DecodeRequest]) -> None:
@@ -36,11 +37,16 @@ class DecodeBatcher:
         """The requests of the next step; empty when there is nothing to do."""
         while self._waiting and len(self._running) < self.requests_max:
             self._running.append(self._waiting.popleft())
-        return list(self._running)
+        return [self._suspects.pop(0)] if self._suspects else list(self._running)
+
+    def suspect(self, requests: Iterable[DecodeRequest]) -> None:
+        """Have each take its next step alone: a step of all of them failed, and one of them may be why."""
+        self._suspects = list(requests)
 
     def remove(self, requests: Iterable[DecodeRequest]) -> None:
         """Take requests out that ended or were cancelled."""
         gone = set(map(id, requests))
+        self._suspects = [request for request in self._suspects if id(request) not in gone]
         self._running = [request for request in self._running if id(request) not in gone]
         self._waiting = deque(request for request in self._waiting if id(request) not in gone)
 

@@ -18,3 +18,5 @@ class DecodeConfig:
     """Where latents arrive, if not where gateways connect: between GPUs."""
     packs_latents: bool = False
     """Whether latents are kept and sent as FP8."""
+    step_s_max: float = 120.0
+    """A node whose step lasts longer counts as dead."""

@@ -32,6 +32,8 @@ from experts.errors import ExpertsError
 from experts.messages import DispatchReport
 from kernels.model.host_copies import check_device
 from kernels.model.latent_cache import LatentCache
+from kernels.model.pages import PagesLost
+from kernels.model.step_watch import StepWatch
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_S = 0.5
 SWEEP_S = 1.0
+FAILED = "the decode node failed"
 LEASE_ENDED = "nobody extended its lease in time"
 
 
@@ -73,6 +76,7 @@ class DecodeNode:
         self.decode_step = DecodeStep(transformer, self.cache, config.micro_batches, make_recorder)
         self.decode_step.prepare(range(1, config.requests_max + 1))
         self._clock = clock
+        self._watch = StepWatch(config.step_s_max, clock)
         self._receiving: dict[Channel, tuple[float, int]] = {}
         self._cancelled: set[tuple[str, int]] = set()
         self._gone: set[Channel] = set()
@@ -82,27 +86,16 @@ class DecodeNode:
         self._work = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self.endpoint = Endpoint(
-            config.address, config.secret, config.name, self._on_frame, self._on_closed, self._choose_buffers
-        )
-        self.endpoints = [self.endpoint]
-        if config.latents_address:
-            self.endpoints.append(
-                Endpoint(
-                    config.latents_address,
-                    config.secret,
-                    config.name,
-                    self._on_frame,
-                    self._on_closed,
-                    self._choose_buffers,
-                )
-            )
+        heeds = (self._on_frame, self._on_closed, self._choose_buffers)
+        addresses = [config.address, *filter(None, [config.latents_address])]
+        self.endpoints = [Endpoint(address, config.secret, config.name, *heeds) for address in addresses]
+        self.endpoint = self.endpoints[0]
         self.inbox = Inbox(self.cache, self.endpoints[-1].address, config.lease_s, clock)
 
     @property
     def is_alive(self) -> bool:
-        """Whether its computing thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether its computing thread runs, and comes to the end of its steps."""
+        return self._thread is not None and self._thread.is_alive() and not self._watch.is_stuck
 
     def start(self) -> None:
         """Receive and compute in threads of their own until closed."""
@@ -126,6 +119,12 @@ class DecodeNode:
         except ExpertsError as error:
             self._fail(batch, "experts_unavailable", str(error), retryable=True)
             return len(batch)
+        except Exception:
+            logger.exception("%s: a step of %d requests failed", self.config.name, len(batch))
+            self._seek_guilty(batch)
+            return len(batch)
+        if len(failed) < len(batch) == self.batcher.requests_running_count:
+            self._watch.succeeded()  # some alone, while others are suspected, prove nothing
         self._finish(batch, samples, failed)
         self.busy_s += time.perf_counter() - begin_s
         return len(batch)
@@ -183,14 +182,31 @@ class DecodeNode:
     def _turn(self) -> None:
         self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
         try:
-            self._sweep_running()
-            if self.step() == 0 and not self._work.wait(IDLE_S):
+            with self._watch.step():
+                self._sweep_running()
+                count = self.step()
+            if count == 0 and not self._work.wait(IDLE_S):
                 self._sweep()
                 self.inbox.check()
+        except PagesLost:
+            raise
         except Exception:
-            logger.exception("%s: a step failed", self.config.name)
-            self._fail(self.batcher.everyone(), "internal", "the decode node failed", retryable=True)
-            check_device(self.cache.latents.device)  # where it raises, this node leaves
+            logger.exception("%s: a turn failed", self.config.name)
+            self._fail(self.batcher.everyone(), "internal", FAILED, retryable=True)
+            self._note_failure()
+
+    def _seek_guilty(self, batch: list[DecodeRequest]) -> None:
+        """After an unforeseen error have its requests step one at a time; one that was alone fails."""
+        if len(batch) == 1:
+            self._fail(batch, "internal", FAILED, retryable=True)
+        else:
+            self.batcher.suspect(batch)
+        self._note_failure(batch)
+
+    def _note_failure(self, batch: Sequence[DecodeRequest] = ()) -> None:
+        """Raises where this node is to leave: its device has failed, or its steps go on failing."""
+        check_device(self.cache.latents.device)
+        self._watch.failed(batch[0].asked.request_id if len(batch) == 1 else None)
 
     # what comes in, on the endpoint's thread
 

@@ -1,4 +1,4 @@
-"""Tells a node that gets nowhere any more from one that was only given a poisonous request: no clock of its own."""
+"""Tells a node that gets nowhere any more from one that was only given a poisonous request."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ FAILING_S = 10.0
 
 
 class StepsFail(RuntimeError):
-    """Steps of different requests fail one after the other: it is the node's fault, which a new process may mend."""
+    """Steps fail whatever is in them: it is the node's fault, which a new process may mend."""
 
 
 class StepWatch:

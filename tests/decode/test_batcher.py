@@ -49,6 +49,17 @@ def test_a_request_may_leave_while_it_waits():
     assert counts(batcher) == (1, 1)
 
 
+def test_suspects_take_one_step_alone_each():
+    batcher = DecodeBatcher(requests_max=3)
+    requests = [Request(name) for name in "abcd"]
+    batcher.admit(requests)
+    batcher.suspect(batcher.next_batch())
+    assert names(batcher.next_batch()) == "a"
+    assert counts(batcher) == (3, 1)
+    batcher.remove(requests[:2])
+    assert [names(batcher.next_batch()) for _ in range(2)] == ["c", "cd"]
+
+
 def test_a_request_that_looks_like_another_is_not_taken_for_it():
     batcher = DecodeBatcher(requests_max=2)
     twins = [Request("a"), Request("a")]

@@ -1,6 +1,7 @@
 """A decode node from reservation to last token, and whoever fails or goes away at whatever moment."""
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -255,11 +256,70 @@ def test_an_error_that_nobody_foresaw_fails_the_batch_and_not_the_node(stage, ex
     running(stage, "a", "b")
     with monkeypatch.context() as broken:
         broken.setattr(stage.decode.decode_step, "run", lambda batch: 1 / 0)
-        stage.decode._turn()
+        for _ in range(3):
+            stage.decode._turn()
     stage.settle()
     assert sorted(stage.gateway.failures()) == [("a", "internal", True), ("b", "internal", True)]
     stage.assert_all_free()
     assert generate(stage, prompt(200)) == expected[200]
+
+
+def test_a_poisonous_request_fails_alone(stage, expected, monkeypatch):
+    running(stage, "a", "b", "bad")
+    run = stage.decode.decode_step.run
+
+    def choke(batch):
+        assert all(request.asked.request_id != "bad" for request in batch)
+        return run(batch)
+
+    monkeypatch.setattr(stage.decode.decode_step, "run", choke)
+    stage.settle()
+    assert stage.gateway.failures() == [("bad", "internal", True)]
+    assert (stage.gateway.tokens("a"), stage.gateway.tokens("b")) == (expected[200], expected[70])
+    stage.assert_all_free()
+
+
+def test_a_node_that_fails_whatever_comes_leaves_so_that_all_see_it(stage, monkeypatch):
+    monkeypatch.setattr(stage.decode.decode_step, "run", lambda batch: 1 / 0)
+    stage.decode.start()
+    for number in range(7):
+        assert stage.decode.is_alive
+        stage.gateway.ask(f"r{number}", prompt(20))
+        until_failed(stage, number + 1)
+        stage.now_s += 2.0
+    stage.decode._thread.join(5)
+    assert not stage.decode.is_alive
+    stage.gateway.endpoint.poll(0)
+    with pytest.raises(ChannelClosed):
+        DOWN.send(stage.gateway.decode, AskReport())
+
+
+def until_failed(stage: Stage, count: int) -> None:
+    """Turn all but the decode node, which has its own threads, until so many requests have failed."""
+    stage.gone.append(stage.decode)
+    stage.until(lambda: len(stage.gateway.failures()) == count)
+    stage.gone.remove(stage.decode)
+
+
+def test_a_step_without_end_shows_while_the_node_still_answers(stage, monkeypatch):
+    generate(stage, prompt(70))
+    blocked, freed = threading.Event(), threading.Event()
+
+    def hang(batch):
+        blocked.set()
+        assert freed.wait(10)
+        raise ZeroDivisionError
+
+    running(stage, "a")
+    monkeypatch.setattr(stage.decode.decode_step, "run", hang)
+    stage.decode.start()
+    assert blocked.wait(10)
+    assert stage.decode.is_alive
+    stage.now_s += stage.decode.config.step_s_max + 1
+    assert not stage.decode.is_alive
+    assert stage.decode.report().requests_running_count == 1
+    freed.set()
+    wait_until(stage.gateway, lambda: stage.decode.is_alive)
 
 
 def test_a_node_that_cannot_keep_its_books_leaves_so_that_all_see_it(stage, monkeypatch):
