@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from cluster.errors import InvalidRequest, NodeUnavailable, Overloaded, TriviumError
 from cluster.events import (
@@ -50,6 +51,7 @@ class Desk:
         self._links = NodeLinks(name, secret, self.tell)
         self._outputs: dict[str, asyncio.Queue[Output | FailRequest]] = {}
         self._seen: dict[str, tuple[float, int]] = {}
+        self._entering_count = 0
         self._ticking: asyncio.Task | None = None
 
     def start(self) -> None:
@@ -68,32 +70,46 @@ class Desk:
 
     @property
     def requests_count(self) -> int:
-        """Requests that have not ended."""
-        return len(self._outputs)
+        """Requests that have not ended, and calls that may become some."""
+        return self._entering_count + len(self._outputs)
 
     def new_request_id(self) -> str:
         """An id that no other request of any gateway has."""
         return uuid.uuid4().hex
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """Count a call among those that wait while it is read and validated; raises Overloaded."""
+        self._check_room()
+        self._entering_count += 1
+        try:
+            yield
+        finally:
+            self._entering_count -= 1
 
     def admit(self, request: RoutedRequest, called_s: float | None = None) -> None:
         """Take a request, whose outputs `outputs` then gives until `leave`; raises Overloaded.
 
         Its times in the report count from `called_s`, when its call came, where that is known.
         """
-        if self.router.requests_waiting_count >= self.requests_waiting_max:
+        self._check_room()
+        self._outputs[request.request_id] = asyncio.Queue()
+        begin_s = time.monotonic() if called_s is None else called_s
+        self._recorder.admitted(request.request_id, len(request.token_ids), begin_s)
+        self.tell(RequestAdmitted(request))
+
+    def _check_room(self) -> None:
+        waiting_count = self._entering_count + self.router.requests_waiting_count
+        if waiting_count >= self.requests_waiting_max:
             self._recorder.shed()
             raise Overloaded(
                 reason="TOO_MANY_WAITING",
-                message=f"{self.router.requests_waiting_count} requests wait for a node already",
+                message=f"{waiting_count} requests wait already",
                 field="gateway.requests_waiting_max",
                 limit=str(self.requests_waiting_max),
                 remedy="Send it again later, or add decode nodes.",
                 retry_after_s=RETRY_AFTER_S,
             )
-        self._outputs[request.request_id] = asyncio.Queue()
-        begin_s = time.monotonic() if called_s is None else called_s
-        self._recorder.admitted(request.request_id, len(request.token_ids), begin_s)
-        self.tell(RequestAdmitted(request))
 
     async def outputs(self, request_id: str) -> AsyncIterator[list[Output]]:
         """What a request has brought since the last time, to its end; raises TriviumError if it fails."""

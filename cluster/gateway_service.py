@@ -5,6 +5,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
@@ -42,7 +43,8 @@ COUNTS = (
     "pages_leased_count",
 )
 STOP_STRING = "stop_string"
-VALIDATED_INLINE_BYTES = 4096  # longer requests are tokenised in a thread
+VALIDATED_INLINE_BYTES = 4096  # longer requests are read and tokenised in a thread
+VALIDATING_THREADS = 4
 
 Responses = AsyncIterator[trivium_pb2.GenerateResponse]
 
@@ -68,6 +70,7 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
         self._model = model
         self._desk = desk
         self._stall_timeout_s = stall_timeout_s
+        self._validating = ThreadPoolExecutor(VALIDATING_THREADS, "validate")
 
     async def Generate(self, request: trivium_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Validate, admit, stream; a call that ends early ends its request."""
@@ -89,8 +92,8 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
         trace: RequestTrace,
         called_s: float,
     ) -> None:
-        requested = wire.to_requested(request)
-        valid = await self._validated(requested, request.ByteSize())
+        with self._desk.entering():
+            requested, valid = await self._validated(request)
         request_id = self._desk.new_request_id()
         trace.asked(requested, valid, request_id)
         routed = RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority, trace.place)
@@ -132,11 +135,17 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             placement_epoch=placement.epoch if placement else 0,
         )
 
-    async def _validated(self, requested: RequestedGeneration, request_bytes: int) -> ValidRequest:
-        arguments = (requested, self._model.limits, secrets.randbits(64), self._model.tokenizer)
-        if request_bytes < VALIDATED_INLINE_BYTES:
-            return validate(*arguments)
-        return await asyncio.to_thread(validate, *arguments)
+    async def _validated(
+        self, request: trivium_pb2.GenerateRequest
+    ) -> tuple[RequestedGeneration, ValidRequest]:
+        if request.ByteSize() < VALIDATED_INLINE_BYTES:
+            return self._read(request)
+        return await asyncio.get_running_loop().run_in_executor(self._validating, self._read, request)
+
+    def _read(self, request: trivium_pb2.GenerateRequest) -> tuple[RequestedGeneration, ValidRequest]:
+        requested = wire.to_requested(request)
+        model = self._model
+        return requested, validate(requested, model.limits, secrets.randbits(64), model.tokenizer)
 
     async def _write(self, context: grpc.aio.ServicerContext, response: trivium_pb2.GenerateResponse) -> None:
         try:

@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from cluster.gateway import GatewayActor
 from cluster.membership import Member, View
 from cluster.place import Place
 from cluster.token_file import read_token
+from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestedGeneration, RequestedSampling
 from tests.cluster.served import FOLDER, SECRET, load_transformer, running_nodes, until, view_of
 
@@ -67,6 +70,11 @@ async def started(coordinator: Coordinator, **section) -> Gateway:
     return actor
 
 
+async def events_of(client: Client, request: RequestedGeneration) -> list:
+    """Every event of one request."""
+    return [event async for event in client.generate(request, 60.0)]
+
+
 async def serving(client: Client, wanted: bool) -> None:
     """Wait until health says so."""
     async with asyncio.timeout(10):
@@ -117,6 +125,28 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new(nodes):
             assert isinstance(last, Finished)
             await draining
             assert actor.desk.requests_count == 0
+
+    asyncio.run(run())
+
+
+def test_a_drain_waits_for_a_request_that_is_still_validated(nodes, monkeypatch):
+    monkeypatch.setattr(gateway_module, "GRACE_S", 0.0)
+    encode, ended = Tokenizer.encode, threading.Event()
+    monkeypatch.setattr(Tokenizer, "encode", lambda *a, **k: ended.wait(20) and encode(*a, **k))
+    padded = replace(LONG, sampling=replace(LONG.sampling, stop_strings=("\u2205" * 1024,) * 2))
+
+    async def run() -> None:
+        actor = await started(Coordinator(view_of(nodes)))
+        async with Client(actor.address) as client:
+            await serving(client, True)
+            events = asyncio.create_task(events_of(client, padded))
+            await until(lambda: actor.desk.requests_count == 1)
+            draining = asyncio.create_task(actor.drain())
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(draining), 0.3)
+            ended.set()
+            assert isinstance((await events)[-1], Finished)
+            await draining
 
     asyncio.run(run())
 

@@ -20,7 +20,7 @@ from cluster.errors import (
     Unauthenticated,
 )
 from cluster.events import DeliverTokens, FinishRequest, Phases
-from cluster.gateway_service import STATES
+from cluster.gateway_service import STATES, VALIDATED_INLINE_BYTES
 from cluster.gateway_service import Delta as ServiceDelta
 from cluster.membership import DRAINING, STARTING, Member, View
 from cluster.proto import trivium_pb2
@@ -227,6 +227,30 @@ def test_too_many_waiting_are_shed(nodes):
             assert caught.value.limit == "1"
             await gateway.desk.follow(view_of(nodes))
             assert isinstance((await waiting)[-1], Finished)
+            await gateway.is_idle()
+
+    asyncio.run(run())
+
+
+def test_calls_that_are_still_validated_count_among_those_that_wait(nodes, monkeypatch):
+    encode, ended = Tokenizer.encode, threading.Event()
+    monkeypatch.setattr(Tokenizer, "encode", lambda *a, **k: ended.wait(20) and encode(*a, **k))
+    long = replace(TEXT, text="ab " * VALIDATED_INLINE_BYTES)
+
+    async def run() -> None:
+        async with served(view_of(nodes), requests_waiting_max=2) as gateway:
+            async with Client(gateway.address) as client:
+                calls = [asyncio.create_task(events_of(client, long)) for _ in range(2)]
+                await until(lambda: gateway.desk.requests_count == 2)
+                with pytest.raises(Overloaded):
+                    await events_of(client, RequestedGeneration(token_ids=(1, 2)))
+                calls.pop().cancel()
+                await until(lambda: gateway.desk.requests_count == 1)
+                sampling = RequestedSampling(tokens_max=1)
+                assert await events_of(client, RequestedGeneration(token_ids=(1, 2), sampling=sampling))
+                ended.set()
+                with pytest.raises(InvalidRequest, match="prompt has"):
+                    await calls[0]
             await gateway.is_idle()
 
     asyncio.run(run())
