@@ -84,14 +84,17 @@ class CudaIpcLink:
         self._accept(offer)
         return self.offer()
 
-    def open(self, answer: Any, tell: Tell) -> None:
+    def confirm(self, answer: Any) -> dict:
+        """Nothing more; raises DeviceLinkFailed for another GPU or no handle."""
+        try:
+            self._accept(answer)
+        except HelloRefused as error:
+            raise DeviceLinkFailed(str(error)) from error
+        return {}
+
+    def open(self, confirmed: Any, tell: Tell) -> None:
         """Map the peer's window; raises DeviceLinkFailed."""
         self._tell = tell
-        if answer is not None:
-            try:
-                self._accept(answer)
-            except HelloRefused as error:
-                raise DeviceLinkFailed(str(error)) from error
         with blaming(DeviceLinkFailed, "the peer's window could not be mapped"), self._lock:
             if self._aborted:
                 raise DeviceLinkFailed("the channel ended while its windows were mapped")

@@ -19,8 +19,9 @@ class Work(Protocol):
 class DeviceLink(Protocol):
     """Moves tensors between this process's GPU and one peer's; at most one transfer each way at a time.
 
-    Both ends give the same sizes in the same order. Who connects calls `offer` and who accepts `answer`, then
-    both `open`. No two threads post or poll at once; `abort` may come at any time.
+    Both ends give the same sizes in the same order. Who connects calls `offer`, who accepts `answer`, who
+    connects `confirm`, then both `open`: neither before it has heard that the other is there. No two threads
+    post or poll at once; `abort` may come at any time.
     """
 
     device: torch.device
@@ -32,8 +33,11 @@ class DeviceLink(Protocol):
     def answer(self, offer: Any) -> dict:
         """Accept a peer's offer and say what it must know; raises HelloRefused for one of no use."""
 
-    def open(self, answer: Any, tell: Tell) -> None:
-        """Join the peer, whose answer is None where we accepted; may wait long; raises DeviceLinkFailed."""
+    def confirm(self, answer: Any) -> dict:
+        """What the accepting end must know once it has answered; raises DeviceLinkFailed."""
+
+    def open(self, confirmed: Any, tell: Tell) -> None:
+        """Join the peer, which `confirmed` where we accepted; may wait long; raises DeviceLinkFailed."""
 
     def hear(self, told: Any) -> None:
         """Take what the peer's link has told; raises FrameMalformed."""

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class Word(enum.StrEnum):
     """What the two ends of a channel say to each other."""
 
     WELCOME = "welcome"
+    JOINING = "joining"
     TAKEN = "taken"
     REFUSED = "refused"
     LINK = "link"
@@ -78,9 +79,10 @@ class DeviceWire(StreamChannel):
         self.timeout_s = TRANSFER_TIMEOUT_S
         self.open_timeout_s = OPEN_TIMEOUT_S
         self._link = link
-        self._answer: Any = None
         self._greeted = False  # before that, all that comes is a stranger's hello
-        self._welcomed = threading.Event()
+        self._awaited = Word.JOINING  # by which the peer agrees to join
+        self._agreement: Any = None  # what it said with it
+        self._agreed = threading.Event()
         self._transfers = Transfers(link)
         self._reading = threading.Lock()
         self._aside: deque[Aside] = deque()
@@ -97,6 +99,7 @@ class DeviceWire(StreamChannel):
 
     def greet(self, hello: dict) -> None:
         """Say hello to who accepts us, and what the GPUs need to join; raises ChannelClosed."""
+        self._awaited = Word.WELCOME
         super().send(HELLO, {**hello, "device": self._link.offer()})
         self._join()
 
@@ -107,7 +110,6 @@ class DeviceWire(StreamChannel):
             raise HelloRefused("the peer says nothing of its GPU; connect with the scheme of this address")
         answer = self._link.answer(offer)
         self._say(Word.WELCOME, answer)
-        self._welcomed.set()
         self._join()
 
     def _join(self) -> None:
@@ -213,9 +215,9 @@ class DeviceWire(StreamChannel):
         """Take a word of the peer's end of this channel; raises FrameMalformed."""
         try:
             match said:
-                case [Word.WELCOME, dict() as answer] if not self._welcomed.is_set():
-                    self._answer = answer
-                    self._welcomed.set()
+                case [self._awaited, dict() as agreement] if not self._agreed.is_set():
+                    self._agreement = agreement
+                    self._agreed.set()
                 case [Word.TAKEN, [*sizes]] if is_sizes(sizes):
                     self._transfers.taken(sizes)
                 case [Word.REFUSED, None]:
@@ -280,16 +282,35 @@ class DeviceWire(StreamChannel):
             self._fail(DeviceTransferFailed(f"{type(error).__name__} while transfers were moved"))
 
     def _open(self) -> bool:
-        """Join the link once the peer has welcomed us; False where it turned us away."""
-        while not self._welcomed.is_set():
+        """Join the link once both ends know of each other; False where the peer turned us away or has gone.
+
+        A link that waits for a peer that has gone may wait for ever, and nothing can end that.
+        """
+        if not self._comes(self._agreed.is_set):
+            return False
+        confirmed = self._agreement
+        if self._awaited is Word.WELCOME:
+            super().send(OWN, [Word.JOINING, self._link.confirm(confirmed)])
+            confirmed = None
+            if not self._comes(lambda: not self._pending):
+                return False
+        self._transfers.open(confirmed, lambda told: self._say(Word.LINK, told))
+        self._bell.ring()
+        return True
+
+    def _comes(self, happened: Callable[[], bool]) -> bool:
+        """Wait until something has happened between both ends; False where one of them has ended."""
+        while True:
+            found = self._take_in()
+            with contextlib.suppress(ChannelClosed):
+                super().push()
             if self._ending is not None or self._ended:
                 self._bell.ring()
                 return False
-            if not self._take_in():
+            if happened():
+                return True
+            if not found:
                 self._over.wait(POLL_MAX_S)
-        self._transfers.open(self._answer, lambda told: self._say(Word.LINK, told))
-        self._bell.ring()
-        return True
 
     def _pause(self) -> None:
         """Until it is worth looking again: soon where a transfer has only just begun."""

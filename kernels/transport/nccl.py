@@ -72,27 +72,34 @@ class NcclLink:
         self._aborted = False
 
     def offer(self) -> dict:
-        """Our GPU and the ids of both communicators, the first of which carries what we send."""
-        with blaming(DeviceLinkFailed, "NCCL gave no id for a communicator"):
-            self._ids = [nccl.get_unique_id() for _ in range(2)]
-        return {"gpu": self._gpu, "ids": self._ids}
+        """Our GPU."""
+        return {"gpu": self._gpu}
 
     def answer(self, offer: Any) -> dict:
-        """Our GPU; raises HelloRefused for an offer without ids, or of the same GPU."""
+        """Our GPU; raises HelloRefused for an offer without one, or of the same GPU."""
         match offer:
-            case {"gpu": str() as gpu, "ids": [bytes() as first, bytes() as second]}:
+            case {"gpu": str() as gpu}:
                 pass
             case _:
                 raise HelloRefused("the peer's hello is not one between GPUs by NCCL; connect by nccl://")
-        if len(first) != UNIQUE_ID_BYTES or len(second) != UNIQUE_ID_BYTES:
-            raise HelloRefused(f"the id of a communicator is not of {UNIQUE_ID_BYTES} bytes")
         if gpu == self._gpu:
             raise HelloRefused("both processes use the same GPU, which NCCL refuses; use cuda-ipc:// there")
-        self._ids, self._rank = [first, second], 1
+        self._rank = 1
         return {"gpu": self._gpu}
 
-    def open(self, answer: Any, tell: Tell) -> None:
+    def confirm(self, answer: Any) -> dict:
+        """The ids of both communicators, the first of which carries what we send.
+
+        Not made for a peer that may never come: NCCL keeps a thread and a socket for each until both have.
+        """
+        with blaming(DeviceLinkFailed, "NCCL gave no id for a communicator"):
+            self._ids = [nccl.get_unique_id() for _ in range(2)]
+        return {"ids": self._ids}
+
+    def open(self, confirmed: Any, tell: Tell) -> None:
         """Make both communicators, and a first transfer on each; waits for the peer without end."""
+        if confirmed is not None:
+            self._ids = ids_of(confirmed)
         with blaming(DeviceLinkFailed, "NCCL could not join the GPUs"), on_gpu(self.device):
             for number, unique_id in enumerate(self._ids):
                 way = self._join(unique_id)
@@ -141,6 +148,8 @@ class NcclLink:
         return all(way.is_over(end_s) for way in ways)
 
     def _join(self, unique_id: bytes) -> "Way":
+        if self._aborted:  # whoever waits for a peer that has gone can be woken by nobody
+            raise DeviceLinkFailed("the channel ended before its GPUs were joined")
         communicator = nccl.NcclCommunicator(2, unique_id, self._rank)
         way = Way(communicator, 1 - self._rank, self.device)
         with self._lock:
@@ -230,6 +239,14 @@ class Posted:
         """Whether the stream has come past it; raises DeviceTransferFailed."""
         with blaming(DeviceTransferFailed, "the GPU reports an error"):
             return self._event.query()
+
+
+def ids_of(confirmed: Any) -> list[bytes]:
+    """The ids of two communicators; raises DeviceLinkFailed."""
+    match confirmed:
+        case {"ids": [bytes() as first, bytes() as second]} if len(first) == len(second) == UNIQUE_ID_BYTES:
+            return [first, second]
+    raise DeviceLinkFailed(f"the peer gave no two ids of {UNIQUE_ID_BYTES} bytes")
 
 
 def current_gpu(scheme: str) -> torch.device:

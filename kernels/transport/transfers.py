@@ -50,9 +50,9 @@ class Transfers:
         """Bytes of what was announced to the peer and is not over."""
         return self._outgoing.size_bytes
 
-    def open(self, answer: Any, tell: Tell) -> None:
+    def open(self, confirmed: Any, tell: Tell) -> None:
         """Join the peer's GPU; may wait long; raises DeviceLinkFailed."""
-        self.link.open(answer, tell)
+        self.link.open(confirmed, tell)
         self.opened = True
 
     def announce(self, pieces: Sequence[torch.Tensor], after: Any) -> None:

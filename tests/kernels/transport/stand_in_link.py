@@ -73,6 +73,7 @@ class StandInLink:
     def __init__(self, behaviour: Behaviour | None = None):
         self.behaviour = behaviour or Behaviour()
         self.aborted = threading.Event()
+        self.opening = False
         self.opened = False
         self.moved_bytes = 0
         self.sends_count = 0
@@ -92,9 +93,14 @@ class StandInLink:
         self.joint, self._rank = self.joints[offer["number"]], 1
         return {"gpu": "stand-in too"}
 
-    def open(self, answer: Any, tell: Any) -> None:
-        if answer is not None and answer != {"gpu": "stand-in too"}:
+    def confirm(self, answer: Any) -> dict:
+        if answer != {"gpu": "stand-in too"}:
             raise DeviceLinkFailed("not the answer")
+        return {"number": "agreed"}
+
+    def open(self, confirmed: Any, tell: Any) -> None:
+        assert confirmed == ({"number": "agreed"} if self._rank else None)
+        self.opening = True
         self.tell = tell
         while self.behaviour.opening_hangs:
             time.sleep(0.005)

@@ -176,7 +176,8 @@ def test_windows_are_unmapped_and_used_again_but_never_lost(links, tmp_path):
 
 def test_a_window_that_the_peer_has_not_emptied_is_used_no_more(links):
     link = CudaIpcLink(SharedMemory())
-    link.open(link.offer(), lambda told: None)
+    link.confirm(link.offer())
+    link.open(None, lambda told: None)
     link.given()
     assert link.abort()
     assert SharedMemory.spare == []
@@ -215,14 +216,14 @@ def test_an_offer_of_no_use_is_refused(links, offer, said):
     link = CudaIpcLink(SharedMemory())
     link.offer()
     with pytest.raises(DeviceLinkFailed, match=said):
-        link.open(offer or {}, print)
+        link.confirm(offer)
 
 
 def test_a_window_that_cannot_be_mapped_is_named(links):
     link = CudaIpcLink(SharedMemory())
     link.answer({"gpu": "one GPU", "handle": b"\xff" * 64})
     with pytest.raises(DeviceLinkFailed, match="could not be mapped"):
-        link.open(None, print)
+        link.open({}, print)
 
 
 @pytest.mark.parametrize("told", ["taken", "anything", None, 5])
@@ -243,7 +244,7 @@ def test_nothing_is_copied_once_the_link_has_ended(links):
         with pytest.raises(DeviceTransferFailed):
             work.is_done()
     with pytest.raises(DeviceLinkFailed):
-        link.open({"gpu": "one GPU", "handle": bytes(64)}, print)
+        link.open(None, print)
 
 
 def test_chunks_fill_windows(monkeypatch):

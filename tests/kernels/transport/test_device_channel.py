@@ -210,6 +210,7 @@ def test_memory_of_another_size_or_place_ends_the_channel(pair, chosen):
 
 
 def test_more_than_the_limits_allow_ends_the_channel(pair):
+    eventually(lambda: sent(pair.there).opened)
     pair.there.reader.limits = FrameLimits(payload_bytes_max=100)
     pair.here.send("fits", None, [torch.zeros(25)])
     pair.here.send("does not", None, [torch.zeros(26)])
@@ -432,6 +433,7 @@ def test_connecting_again_joins_anew(behaviour):
         ["taken", [1] * 5000],
         ["refused", None],
         ["welcome", {}],
+        ["joining", {}],
         ["link", "nonsense"],
         ["unheard of", 1],
     ],
@@ -480,6 +482,28 @@ def test_who_is_turned_away_is_told_by_the_end(behaviour):
             fails(ChannelClosed, lambda: channel.send("hope", None, [numbers(5)]))
     assert sent(channel).aborted.wait(WAIT_S)
     assert not sent(channel).opened
+
+
+@pytest.fixture
+def links(behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch) -> list[StandInLink]:
+    """The stand-ins made meanwhile, in order; listening makes the first."""
+    made: list[StandInLink] = []
+    monkeypatch.setitem(LINKS, "nccl", lambda: made.append(StandInLink(behaviour)) or made[-1])
+    return made
+
+
+def test_nobody_joins_a_gpu_whose_process_has_gone_already(links):
+    peers = []
+    endpoint = Endpoint("nccl://127.0.0.1:0", SECRET, "there", lambda *_: None, on_closed=peers.append)
+    with contextlib.closing(endpoint):
+        here = connect(endpoint.address, SECRET, "here")
+        here.close()  # its hello waits in the socket, and so does its end
+        while not peers:
+            endpoint.poll(SOON_S)
+        for thread in [*here._threads, *peers[0]._threads]:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+    assert len(links) == 3 and not any(link.opening for link in links)
 
 
 def test_who_is_not_listened_to_is_read_up_to_a_limit(pair, monkeypatch):

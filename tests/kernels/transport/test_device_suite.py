@@ -44,11 +44,15 @@ def address(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def pair(listener: Listener) -> Iterator[Pair]:
-    """Two ends of a channel, the hello behind them, held by no endpoint."""
+    """Two ends of a channel, joined, so that nobody reads or sends for their owners; held by no endpoint."""
     here = connect(listener.address, SECRET, "here")
     there = accepted(listener.accept(), listener.address)
     with contextlib.closing(here), contextlib.closing(there):
         welcome(there, there.receive(WAIT_S), SECRET, FrameLimits())
+        end_s = time.monotonic() + WAIT_S
+        while not (here._link.opened and there._link.opened):
+            assert time.monotonic() < end_s, "the GPUs were not joined"
+            time.sleep(0.001)
         yield Pair(here, there)
 
 

@@ -7,6 +7,8 @@ import os
 import runpy
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from kernels.transport import nccl
 from kernels.transport.connect import LINKS, accepted, connect, listen, welcome
 from kernels.transport.errors import (
+    ChannelClosed,
     DeviceLinkFailed,
     DeviceTransferFailed,
     DeviceUnavailable,
@@ -144,15 +147,22 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return library
 
 
-@pytest.fixture
-def pair(library: SimpleNamespace):
-    """Two ends of a channel over that library."""
+@contextlib.contextmanager
+def joined() -> Iterator[Pair]:
+    """Two ends of a channel, the hello behind them."""
     with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
         here = connect(listener.address, SECRET, "here")
         there = accepted(listener.accept(), listener.address)
     with contextlib.closing(here), contextlib.closing(there):
         welcome(there, there.receive(WAIT_S), SECRET, FrameLimits())
         yield Pair(here, there)
+
+
+@pytest.fixture
+def pair(library: SimpleNamespace) -> Iterator[Pair]:
+    """Two ends of a channel over that library."""
+    with joined() as pair:
+        yield pair
 
 
 def test_tensors_cross_both_ways_cut_where_both_ends_need_it(pair, library):
@@ -192,24 +202,75 @@ def test_an_error_of_the_library_is_named_without_its_words(pair):
 
 
 def test_a_communicator_that_comes_after_the_end_is_aborted(library):
-    here, there = NcclLink(), NcclLink()
-    answer = there.answer(here.offer())
+    here, _, confirmed = agreed()
+    here_opens = in_thread(lambda: raises_while_joined(here))
+    while confirmed["ids"][0] not in Communicator.joined:
+        time.sleep(0.001)
     assert here.abort()
-    other = threading.Thread(target=lambda: [Communicator(2, there._ids[0], 1)])
-    other.start()
-    with pytest.raises(DeviceLinkFailed, match="ended while"):
-        here.open(answer, print)
-    other.join(WAIT_S)
+    other = in_thread(lambda: Communicator(2, confirmed["ids"][0], 1))
+    for thread in (here_opens, other):
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
     assert here._ways == []
+
+
+def raises_while_joined(link: NcclLink) -> None:
+    with pytest.raises(DeviceLinkFailed, match="ended while"):
+        link.open(None, print)
+
+
+def test_after_the_end_no_communicator_is_begun(library):
+    link, _, _ = agreed()
+    assert link.abort()
+    with pytest.raises(DeviceLinkFailed, match="ended before"):
+        link.open(None, print)
+    assert Communicator.joined == {}
+
+
+def test_an_abort_amid_the_first_meeting_leaves_the_second_communicator_unmade(library, monkeypatch):
+    here, there, confirmed = agreed()
+    meet, met = Way.meet, []
+
+    def abort_amid(way: Way, sends: bool) -> None:
+        met.append(way)
+        assert here.abort() and there.abort()
+        meet(way, sends)
+
+    monkeypatch.setattr(Way, "meet", lambda way, sends: None if met else abort_amid(way, sends))
+    monkeypatch.setattr(Communicator, "send", lambda *_: None)
+    monkeypatch.setattr(Communicator, "recv", lambda *_: None)
+    opening = [
+        in_thread(lambda: opens_in_vain(here, None)),
+        in_thread(lambda: opens_in_vain(there, confirmed)),
+    ]
+    for thread in opening:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert list(Communicator.joined) == confirmed["ids"][:1]
+
+
+def opens_in_vain(link: NcclLink, confirmed: dict | None) -> None:
+    with pytest.raises(DeviceLinkFailed):
+        link.open(confirmed, print)
+
+
+def agreed() -> tuple[NcclLink, NcclLink, dict]:
+    """Two links that may open now, and what the first confirmed."""
+    here, there = NcclLink(), NcclLink()
+    return here, there, here.confirm(there.answer(here.offer()))
+
+
+def in_thread(run: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def both_joined() -> list[NcclLink]:
     """Two links whose communicators have met."""
-    here, there = NcclLink(), NcclLink()
-    answer = there.answer(here.offer())
-    opening = threading.Thread(target=there.open, args=(None, print))
-    opening.start()
-    here.open(answer, print)
+    here, there, confirmed = agreed()
+    opening = in_thread(lambda: there.open(confirmed, print))
+    here.open(None, print)
     opening.join(WAIT_S)
     return [here, there]
 
@@ -261,11 +322,8 @@ def test_a_gpu_that_does_not_answer_is_not_past_anything(library, monkeypatch):
     "offer",
     [
         None,
-        {"gpu": "GPU-x"},
-        {"gpu": "GPU-x", "ids": [bytes(128)]},
-        {"gpu": "GPU-x", "ids": [bytes(128), bytes(127)]},
-        {"gpu": "GPU-x", "ids": [bytes(128), "x" * 128]},
-        {"gpu": 1, "ids": [bytes(128), bytes(128)]},
+        {"handle": bytes(64)},
+        {"gpu": 1},
     ],
     ids=str,
 )
@@ -274,10 +332,28 @@ def test_an_offer_of_no_use_is_refused(library, offer):
         NcclLink().answer(offer)
 
 
+@pytest.mark.parametrize(
+    "confirmed",
+    [
+        {},
+        {"ids": [bytes(128)]},
+        {"ids": [bytes(128), bytes(127)]},
+        {"ids": [bytes(128), "x" * 128]},
+    ],
+    ids=str,
+)
+def test_without_two_ids_nothing_is_joined(library, confirmed):
+    link = NcclLink()
+    link.answer({"gpu": "GPU-x"})
+    with pytest.raises(DeviceLinkFailed, match="no two ids"):
+        link.open(confirmed, print)
+    assert Communicator.joined == {}
+
+
 def test_two_processes_on_one_gpu_are_sent_to_another_scheme(library):
     link = NcclLink()
     with pytest.raises(HelloRefused, match="cuda-ipc://"):
-        link.answer({"gpu": link._gpu, "ids": [bytes(128), bytes(128)]})
+        link.answer({"gpu": link._gpu})
     with pytest.raises(FrameMalformed):
         link.hear("anything")
 
@@ -287,10 +363,27 @@ def test_a_gpu_that_gives_no_id_is_named(library, monkeypatch):
         raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
 
     monkeypatch.setattr(library, "get_unique_id", none)
-    with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
+    with joined() as pair:
         with pytest.raises(DeviceLinkFailed, match="no id"):
-            connect(listener.address, SECRET, "me")
-        listener.accept().close()
+            pair.here.receive(WAIT_S)
+        with pytest.raises(ChannelClosed):
+            pair.there.receive(WAIT_S)
+    assert Communicator.joined == {}
+
+
+def test_no_id_is_made_for_a_peer_that_has_not_welcomed_us(library):
+    with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
+        made = []
+        library.get_unique_id = lambda: made.append(1) or bytes(128)
+        connect(listener.address, SECRET, "me").close()
+        there = accepted(listener.accept(), listener.address)
+        with contextlib.closing(there):
+            welcome(there, there.receive(WAIT_S), SECRET, FrameLimits())
+            with pytest.raises(ChannelClosed):
+                there.receive(WAIT_S)
+        for thread in there._threads:
+            thread.join(WAIT_S)
+    assert (made, Communicator.joined) == ([], {})
 
 
 def test_without_cupy_or_a_gpu_the_address_says_so(monkeypatch):
@@ -374,7 +467,7 @@ def test_a_gpu_sends_to_itself():
 @needs_nccl
 def test_a_link_offers_ids_and_names_its_gpu():
     link = NcclLink()
-    offer = link.offer()
-    assert [len(unique_id) for unique_id in offer["ids"]] == [128, 128] and offer["ids"][0] != offer["ids"][1]
-    assert offer["gpu"] == nccl.gpu_name(link.device) == NcclLink()._gpu
+    ids = link.confirm({})["ids"]
+    assert [len(unique_id) for unique_id in ids] == [128, 128] and ids[0] != ids[1]
+    assert link.offer()["gpu"] == nccl.gpu_name(link.device) == NcclLink()._gpu
     assert link.abort()
