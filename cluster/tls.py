@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 SCHEME = "grpcs://"
 TRUSTED_FILE = "TRIVIUM_TLS_CA"
 """Environment variable: a PEM file of the authorities that a client trusts, instead of the system's."""
+SHOWN_NAME = "TRIVIUM_TLS_NAME"
+"""Environment variable: the name that certificates must show, where it is not that in the address."""
 PEM_BYTES_MAX = 1 << 20
 
 
@@ -69,6 +71,8 @@ def open_channel(address: str, options: list[tuple[str, object]]) -> grpc.aio.Ch
     trusted = os.environ.get(TRUSTED_FILE)
     roots = read_pem(Path(trusted), TRUSTED_FILE, b"CERTIFICATE") if trusted else None
     credentials = grpc.ssl_channel_credentials(root_certificates=roots)
+    if name := os.environ.get(SHOWN_NAME):
+        options = [*options, ("grpc.ssl_target_name_override", name)]
     return grpc.aio.secure_channel(address.removeprefix(SCHEME), credentials, options=options)
 
 

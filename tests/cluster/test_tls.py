@@ -15,15 +15,15 @@ from cluster.gateway import Tokens, bind, make_server
 from cluster.gateway_operations import OperationsService
 from cluster.proto import trivium_pb2_grpc
 from cluster.router import Router
-from cluster.tls import TRUSTED_FILE, server_credentials
+from cluster.tls import SHOWN_NAME, TRUSTED_FILE, server_credentials
 
 
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that has signed itself, and its key."""
+def make_certificate(folder: Path, name: str = "IP:127.0.0.1") -> tuple[Path, Path]:
+    """A certificate for a name that has signed itself, and its key."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
     asked = ("-x509", *curve, "-nodes", "-days", "2", "-subj", "/CN=gateway")
-    named = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate))
+    named = ("-addext", f"subjectAltName={name}", "-keyout", str(key), "-out", str(certificate))
     subprocess.run(["openssl", "req", *asked, *named], check=True, capture_output=True)
     return certificate, key
 
@@ -66,6 +66,16 @@ async def requests_at(certificate: tuple[Path, Path], scheme: str) -> int:
 def test_a_client_that_trusts_the_authority_is_served(certificate, monkeypatch):
     monkeypatch.setenv(TRUSTED_FILE, str(certificate[0]))
     assert asyncio.run(requests_at(certificate, "grpcs://")) == 0
+
+
+def test_a_client_may_await_another_name_than_that_in_the_address(tmp_path, monkeypatch):
+    """As through a port that is forwarded to this host."""
+    files = make_certificate(tmp_path, "DNS:gateway.example")
+    monkeypatch.setenv(TRUSTED_FILE, str(files[0]))
+    with pytest.raises(NodeUnavailable):
+        asyncio.run(requests_at(files, "grpcs://"))
+    monkeypatch.setenv(SHOWN_NAME, "gateway.example")
+    assert asyncio.run(requests_at(files, "grpcs://")) == 0
 
 
 @pytest.mark.parametrize("scheme", ["grpcs://", ""])

@@ -11,6 +11,7 @@ import yaml
 from kubernetes_validate import SchemaNotFoundError
 
 from cluster.config import ClusterConfig, load_config
+from cluster.tls import SHOWN_NAME, TRUSTED_FILE
 from tests.helm.rendering import (
     CHART,
     EXAMPLES,
@@ -317,6 +318,18 @@ def test_notes_give_each_command_its_own_token_and_the_address(notes):
         [files[name]] = [line for line in told.splitlines() if line.endswith(f"> {file}")]
     assert "secret demo-trivium-gateway-token " in files["generate"]
     assert "secret demo-trivium-operations-token " in files["scale"]
+
+
+def test_notes_say_by_which_name_a_certificate_is_known(notes):
+    """It is for none that a forwarded port could be called by."""
+    told = notes("--set", "secrets.gatewayTls=made-elsewhere")
+    commands = [line.strip() for line in told.splitlines()]
+    [asked] = [line for line in commands if line.endswith("> ca.crt")]
+    assert "get secret made-elsewhere " in asked and r"ca\.crt" in asked
+    [named] = [line for line in commands if line.startswith("export ")]
+    assert f"{TRUSTED_FILE}=ca.crt" in named and f"{SHOWN_NAME}=demo-trivium-gateway" in named
+    assert commands.index(named) < next(at for at, line in enumerate(commands) if "generate " in line)
+    assert SHOWN_NAME not in notes()
 
 
 def test_versions_agree():
