@@ -270,8 +270,8 @@ class Rebalance:
 
     def _is_proved(self, trial: Trial) -> bool:
         """Whether half of the promised gain was measured; False, and back to before, where it was not."""
-        if trial.slots_before is None:
-            return True
+        if trial.slots_before is None or trial.forecast.gain < self.config.gain_min:
+            return True  # of a person's wish nothing was promised
         slots = self._computed() - trial.slots_before
         if slots.sum() < self._slots_min:
             return False

@@ -202,6 +202,17 @@ def test_a_person_may_look_before_and_move_at_will():
     assert group.rebalance.forecast().time_s is not None, "how long moves take has been seen"
 
 
+def test_worse_homes_that_a_person_wants_stay():
+    """Nothing was promised, so that nothing was broken."""
+    group = Group(pause_s=5.0, slowness_max=np.inf)
+    even = np.full((2, 8), 100)
+    group.turn(4, even)
+    wanted = tuple(((0,), *layer[1:-1], (0,)) for layer in group.rebalance.in_force.homes)
+    assert group.rebalance.move_to(wanted, 1, group.now_s).gain < 0
+    group.turn(60, even)
+    assert group.rebalance.in_force.homes == wanted and group.rebalance.rollbacks_count == 0
+
+
 def test_the_report_is_of_what_is_in_force():
     group = Group()
     group.turn(3, SKEWED)
