@@ -22,6 +22,7 @@ from prefill.node import PrefillNode
 DRAIN_S = 600.0
 DRAIN_POLL_S = 0.1
 NOTICED_S = 0.6  # in which gateways hear that a node drains
+STEP_TIMEOUTS = 4  # a step waits for many dispatches, of which hardly any takes all of its time
 
 Node = PrefillNode | DecodeNode
 
@@ -133,6 +134,7 @@ def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode
         place.config.transport.lease_s,
         place.tensors_address(name),
         packs_latents=place.config.model.latents == "fp8",
+        step_s_max=STEP_TIMEOUTS * place.config.experts.dispatch_timeout_s,
     )
     return DecodeNode(config, transformer)
 
