@@ -31,6 +31,7 @@ class Route:
     phase: Phase = Phase.WAITING
     generation: int = 0
     attempts_count: int = 0
+    """Attempts that failed since one last decoded something."""
     prefill: str = ""
     decode: str = ""
     tokens_sent_count: int = 0

@@ -47,7 +47,8 @@ from decode.messages import (
 from kernels.model.pages import PAGE_TOKENS, page_hashes, pages_for
 from prefill.messages import FirstTokenChunk, HandedOver, PrefillPrompt
 
-REST_S = 0.1  # before another attempt after a failure; twice as long after each further one
+REST_S = 0.1  # before another attempt after a failure, and up to twice that; doubled after each further one
+REST_SPREAD = 0.618  # the golden section: it parts those that failed together, whose numbers are in a row
 LOOKED_PAST_MAX = 8  # requests without room before the router stops looking for one behind them with room
 
 
@@ -337,14 +338,18 @@ class Router:
             return
         if failed.retryable:
             route.avoids = (route.prefill, route.decode)
-            rest_s = REST_S * 2**route.attempts_count
-            yield from self._try_again(route, failed.reason, failed.message, now_s + rest_s)
+            yield from self._try_again(route, failed.reason, failed.message, now_s, rest_s=REST_S)
         else:
             yield FailRequest(failed.request_id, failed.reason, failed.message)
             yield from self._end(failed.request_id)
 
-    def _try_again(self, route: Route, reason: str, message: str, begin_s: float) -> Iterator[Command]:
+    def _try_again(
+        self, route: Route, reason: str, message: str, now_s: float, rest_s: float
+    ) -> Iterator[Command]:
         request_id = route.request.request_id
+        if route.tokens_count > route.tokens_sent_count + 1:  # it has decoded, so it is not what breaks nodes
+            route.attempts_count = 0
+        rest_s *= 2**route.attempts_count * (1 + route.number * REST_SPREAD % 1)
         route.attempts_count += 1
         if route.attempts_count >= self.attempts_max:
             yield FailRequest(request_id, reason, message)
@@ -355,7 +360,7 @@ class Router:
         yield from self._withdraw(route)
         route.generation += 1  # so that nothing of this attempt is heard while the next one waits
         route.phase = Phase.WAITING
-        self._resting[request_id] = begin_s
+        self._resting[request_id] = now_s + rest_s
 
     def _node_lost(self, name: str, now_s: float) -> Iterator[Command]:
         node = self.nodes.pop(name, None)
@@ -365,7 +370,8 @@ class Router:
         for route in list(self.routes.values()):
             is_hit = route.decode == name or (route.prefill == name and route.needs_prefill)
             if is_hit and route.phase is not Phase.WAITING:
-                yield from self._try_again(route, "node_lost", f"{node.kind} node {name} was lost", now_s)
+                message = f"{node.kind} node {name} was lost"
+                yield from self._try_again(route, "node_lost", message, now_s, rest_s=0.0)
         self._wake_rested(now_s)  # they need not rest: the nodes that are left have not failed them
 
     def _extend_leases(self, now_s: float) -> Iterator[Command]:

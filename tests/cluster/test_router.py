@@ -612,6 +612,37 @@ def test_leases_are_extended_while_prompts_are_computed(story: Story):
     assert said_to(story.wait(LEASE_S / 4), ExtendLeases) == [("d1", ExtendLeases(("r", "s")))]
 
 
+def test_losses_are_counted_anew_once_a_node_has_decoded_something(story: Story):
+    story.admit("r")
+    for number in range(1, 6):
+        story.bring_to("r", Phase.DECODING)
+        story.token("r", 2 * number - 1, 7)
+        story.tell(NodeLost(f"d{number}"))
+        story.join(f"d{number + 1}")
+    assert len(story.delivered("r")) == 10
+    for number in (6, 7):
+        assert story.phase("r") is Phase.RESERVING
+        story.bring_to("r", Phase.DECODING)  # the prefill node's token tells nothing of decode nodes
+        story.tell(NodeLost(f"d{number}"))
+        story.join(f"d{number + 1}")
+    assert FailRequest("r", "node_lost", "decode node d7 was lost") in story.commands
+    assert story.router.routes == {}
+
+
+def test_requests_that_failed_together_come_back_one_by_one():
+    story = Story()
+    for name in ("p", "d"):
+        story.join(name, pages=100)
+    names = [f"r{number}" for number in range(8)]
+    for name in names:
+        story.admit(name)
+    for name in names:
+        story.failed(name)
+    came_back = [len(reserved(story.wait(REST_S / 20))) for _ in range(41)]
+    assert sum(came_back) == len(names) and max(came_back) == 1
+    assert sum(came_back[:19]) == 0, "nobody rests shorter"
+
+
 def test_a_lease_whose_latents_were_lost_on_the_way_is_let_end(story: Story):
     story.admit("r")
     story.bring_to("r", Phase.DECODING)
