@@ -95,6 +95,12 @@ class GatewayActor:
         self._watching = asyncio.get_running_loop().create_task(self._keep_health())
         self.heartbeat = Heartbeat(coordinator, self.describe, self.on_view)
         self.heartbeat.start()
+        await self._until_it_serves()
+
+    async def _until_it_serves(self) -> None:
+        """Return once a request would be served: whoever moves clients here when Serve says so loses none."""
+        while not self.desk.can_serve and self.state == READY:
+            await asyncio.sleep(HEALTH_S)
 
     def describe(self) -> Member:
         """This gateway, for the coordinator."""

@@ -62,11 +62,18 @@ def nodes(transformer, tmp_path: Path) -> Iterator[dict]:
         yield nodes
 
 
-async def started(coordinator: Coordinator, **section) -> Gateway:
-    """A gateway on a free port."""
+def starting(coordinator: Coordinator, **section) -> tuple[Gateway, asyncio.Task]:
+    """A gateway on a free port, and its start, which ends once it serves."""
     values = {"model": {"folder": str(FOLDER)}, "gateway": {"port": 0, **section}}
     actor = Gateway.__new__(Gateway)
-    await actor.__init__(Place(check_config(values, "test", Path.cwd()), SECRET, ""), coordinator)
+    place = Place(check_config(values, "test", Path.cwd()), SECRET, "")
+    return actor, asyncio.create_task(actor.__init__(place, coordinator))
+
+
+async def started(coordinator: Coordinator, **section) -> Gateway:
+    """A gateway on a free port that serves."""
+    actor, start = starting(coordinator, **section)
+    await start
     return actor
 
 
@@ -91,10 +98,13 @@ def nobody_to_notice(monkeypatch):
 def test_health_follows_the_nodes_and_not_the_coordinator(nodes):
     async def run() -> None:
         coordinator = Coordinator(View())
-        actor = await started(coordinator)
+        actor, start = starting(coordinator)
+        await until(lambda: hasattr(actor, "heartbeat"))
         async with Client(actor.address) as client:
             await serving(client, False)
+            assert not start.done(), "Serve would take it for ready, and an upgrade would move clients to it"
             coordinator.view = view_of(nodes)
+            await start
             await serving(client, True)
             coordinator.view = None
             await until(lambda: not actor.heartbeat.is_answered)
@@ -102,6 +112,16 @@ def test_health_follows_the_nodes_and_not_the_coordinator(nodes):
             nodes["d"].close()
             await serving(client, False)
         await actor.drain()
+
+    asyncio.run(run())
+
+
+def test_one_that_never_served_can_be_ended():
+    async def run() -> None:
+        actor, start = starting(Coordinator(View()))
+        await until(lambda: hasattr(actor, "heartbeat"))
+        await actor.drain()
+        await asyncio.wait_for(start, 1.0)
 
     asyncio.run(run())
 
