@@ -242,14 +242,19 @@ class RemoteExperts:
 
     @contextlib.contextmanager
     def _patience(self, part: Part, call: Call) -> Iterator[float]:
-        """Seconds to wait for a shard; ends quietly, to wait again, while nobody else could answer."""
-        left_s = max(call.end_s - time.monotonic(), 0)
+        """Seconds to wait for a shard; ends quietly, to wait again, while nobody else could answer.
+
+        So it does where GPUs were joined meanwhile: a shard is silent only from then on.
+        """
+        begin_s = time.monotonic()
+        left_s = max(call.end_s - begin_s, 0)
         try:
             yield min(self.config.silence_s * 2**call.silences_count, left_s)
         except ChannelTimeout:
             down = {part.address, *self._down()}
             if time.monotonic() < call.end_s:
-                if not self._route.has_others(call.layer, part.share.experts, down):
+                joins = part.channel.joined_s > begin_s
+                if joins or not self._route.has_others(call.layer, part.share.experts, down):
                     return
                 call.silences_count += 1
             self._drop(part)

@@ -83,6 +83,7 @@ class DeviceWire(StreamChannel):
         self._awaited = Word.JOINING  # by which the peer agrees to join
         self._agreement: Any = None  # what it said with it
         self._agreed = threading.Event()
+        self._joined_s = 0.0
         self._transfers = Transfers(link)
         self._reading = threading.Lock()
         self._aside: deque[Aside] = deque()
@@ -123,6 +124,11 @@ class DeviceWire(StreamChannel):
     def fileno(self) -> int:
         """Descriptor to wait on; -1 once closed."""
         return self._bell.fileno()
+
+    @property
+    def joined_s(self) -> float:
+        """When the GPUs were joined; now while they are, 0 before the peer agrees to it."""
+        return self._joined_s or (time.monotonic() if self._agreed.is_set() else 0.0)
 
     @property
     def is_quiet(self) -> bool:
@@ -295,6 +301,7 @@ class DeviceWire(StreamChannel):
             if not self._comes(lambda: not self._pending):
                 return False
         self._transfers.open(confirmed, lambda told: self._say(Word.LINK, told))
+        self._joined_s = time.monotonic()
         self._bell.ring()
         return True
 

@@ -1,5 +1,7 @@
 """Tokens to experts and back from GPU to GPU, over a link that stands in for NCCL: one process's bits."""
 
+import time
+
 import pytest
 import torch
 
@@ -7,7 +9,10 @@ from experts.client import RemoteExperts
 from experts.config import DispatchConfig
 from kernels.transport.connect import LINKS
 from tests.experts.dispatches import SECRET, drawn_tokens, placed
+from tests.experts.test_client import replicated
 from tests.kernels.transport.stand_in_link import StandInLink
+
+SILENCE_S = 0.2
 
 
 @pytest.fixture
@@ -41,6 +46,32 @@ def test_calls_of_two_lanes_may_be_combined_in_any_order(remote, local):
     for index in (2, 0, 1):
         expected = local.dispatch((1, 2, 1)[index], *tokens[index]).combine()
         assert torch.equal(calls[index].combine(), expected)
+
+
+class SlowLink(StandInLink):
+    """Joins only when silence would long have been taken for death."""
+
+    def open(self, confirmed, tell):
+        time.sleep(3 * SILENCE_S)
+        super().open(confirmed, tell)
+
+
+def test_a_shard_whose_gpu_is_being_joined_is_not_silent(shard_at, local, monkeypatch):
+    monkeypatch.setitem(LINKS, "nccl", SlowLink)
+    monkeypatch.setattr(StandInLink, "joints", {})
+    shards = {name: shard_at(name, "nccl://127.0.0.1:0") for name in "ab"}
+    placement = replicated({name: shard.address for name, shard in shards.items()})
+    for shard in shards.values():
+        shard.adopt(placement)
+        shard.start()
+    plug = RemoteExperts(DispatchConfig("node", SECRET, timeout_s=10.0, silence_s=SILENCE_S))
+    plug.adopt(placement)
+    tokens = drawn_tokens(8)
+    call = plug.dispatch(1, *tokens)
+    first = dict(plug._channels)
+    assert torch.equal(call.combine(), local.dispatch(1, *tokens).combine())
+    assert plug.retries_count == 0 and plug._channels == first
+    plug.close()
 
 
 def test_a_shard_refuses_an_epoch_that_it_has_not_loaded(remote, local):
