@@ -232,6 +232,21 @@ def test_where_pods_follow_actors_only_their_bounds_change_pods():
     assert changed_templates(before, following, "config.decode.count_max=6") == {"decode"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "delay_s"),
+    [
+        ([], 120),
+        (["ray.oldClusterSeconds=900"], 900),
+        (["drain.replacementSeconds=300"], 300),
+        (["ray.oldClusterSeconds=0"], 120),
+    ],
+)
+def test_an_old_cluster_stays_for_as_long_as_clients_need_to_leave_it(settings, delay_s):
+    options = [part for setting in settings for part in ("--set", setting)]
+    spec = ray_service(render("defaults", *options))["spec"]
+    assert spec["rayClusterDeletionDelaySeconds"] == delay_s
+
+
 def test_existing_secrets_are_used_and_none_is_made():
     names = {"rayToken": "a", "channel": "b", "gatewayToken": "c", "operationsToken": "d"}
     options = [part for key, name in names.items() for part in ("--set", f"secrets.{key}={name}")]
