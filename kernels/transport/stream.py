@@ -133,7 +133,7 @@ class StreamChannel:
     carries_tensors = False
     is_quiet = True
     joined_s = 0.0
-    """When the GPUs of both ends were joined; now while they are, 0 before the peer agrees and without any."""
+    """When the GPUs of both ends were joined; now while they are, 0 before the peer agrees, or without."""
 
     def __init__(
         self, sock: socket.socket, limits: FrameLimits | None = None, pending_bytes_max: int = 1 << 30
