@@ -1,6 +1,7 @@
 """Which tokens of which prompts go into a node's next step."""
 
 from bisect import insort
+from collections.abc import Callable
 
 from kernels.model.pages import PAGE_TOKENS
 from prefill.request import Chunk, PrefillRequest
@@ -50,9 +51,12 @@ class PrefillBatcher:
         self._running.append(request)
         request.last_step = self._steps_count  # its turn comes after those that were here
 
-    def next_batch(self) -> list[Chunk]:
-        """Chunks of the next step, oldest prompt first; empty when there is nothing to do."""
-        in_line = self._in_line()
+    def next_batch(self, may_go: Callable[[PrefillRequest], bool] = lambda request: True) -> list[Chunk]:
+        """Chunks of the next step, oldest prompt first; empty when there is nothing to do.
+
+        Prompts that may not go have no share in it, and lose none of their turn.
+        """
+        in_line = self._in_line([request for request in self._running if may_go(request)])
         shares = self._shares([request.tokens_left_count for request in in_line])
         return [
             Chunk(request, request.tokens_done_count, request.tokens_done_count + share)
@@ -80,13 +84,13 @@ class PrefillBatcher:
         """Prompts under way and waiting."""
         return [*self._running, *self._waiting]
 
-    def _in_line(self) -> list[PrefillRequest]:
-        """Prompts under way: the oldest, then those whose last share is longest ago."""
+    def _in_line(self, ready: list[PrefillRequest]) -> list[PrefillRequest]:
+        """Prompts that may go: the oldest, then those whose last share is longest ago."""
         pages_max = self.step_tokens_max // PAGE_TOKENS
-        if len(self._running) <= pages_max:
-            return self._running
-        oldest = self._running[: min(pages_max - 1, 1)]
-        return oldest + sorted(self._running[len(oldest) :], key=lambda request: request.last_step)
+        if len(ready) <= pages_max:
+            return ready
+        oldest = ready[: min(pages_max - 1, 1)]
+        return oldest + sorted(ready[len(oldest) :], key=lambda request: request.last_step)
 
     def _shares(self, lefts: list[int]) -> list[int]:
         """Tokens of the next step for prompts with so many left: whole pages, or all that is left of one."""

@@ -20,7 +20,7 @@ from decode.messages import (
 )
 from experts.errors import ExpertsError
 from experts.messages import DispatchReport
-from kernels.model.host_copies import HostCopies, HostCopy, check_device
+from kernels.model.host_copies import HostCopies, check_device
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted
 from kernels.model.transformer import Transformer
@@ -96,17 +96,18 @@ class PrefillNode:
         self._thread.start()
 
     def step(self) -> int:
-        """Begin what there is room for, compute a step's chunks, and send what came out; how many chunks."""
+        """Begin what there is room for, compute a step's chunks, send what came out; how much was done."""
         self._take_events()
         self._begin_waiting()
-        chunks = self.batcher.next_batch()
+        queued_count = sum(map(self._queue_cached, self.batcher.everyone()))
+        chunks = self.batcher.next_batch(self._may_go)
         if not chunks:
-            return 0
+            return queued_count
         begin_s = time.perf_counter()
         places = (chunk.request.place for chunk in chunks)
         self.trace_dispatches(next(filter(None, places), UNTRACED))
         try:
-            logits = self.prefill_step.run(chunks, self._send_latents)
+            logits = self.prefill_step.run(chunks, self._queue_computed)
         except ExpertsError as error:
             for chunk in chunks:
                 self._fail(chunk.request, "experts_unavailable", str(error), retryable=True)
@@ -264,23 +265,35 @@ class PrefillNode:
             request.place = place_under(request.asked.traceparent)
             with self._lock:  # so that no report misses a request between waiting and running
                 self.batcher.begin(request)
-            if request.cached_tokens_count:
-                self.cached_tokens_count += request.cached_tokens_count
-                self._send_cached(request)
+            self.cached_tokens_count += request.cached_tokens_count
+            request.queued_counts = [0] * self._model.layers_count
 
-    def _send_cached(self, request: PrefillRequest) -> None:
-        count = request.cached_tokens_count
-        for layer in range(self._model.layers_count):
-            latents = self.prefill_step.cached_latents(request.pages, layer, count)
-            self.outbox.put(Parcel(request, layer, 0, count, self._leaving(request, latents)))
+    def _may_go(self, request: PrefillRequest) -> bool:
+        """Whether a prompt's next latents can be queued once they are computed."""
+        return request.is_prefix_queued and self.outbox.has_room(request.asked.decode_address)
 
-    def _send_latents(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
-        leaving = self._leaving(chunk.request, latents)
-        self.outbox.put(Parcel(chunk.request, layer, chunk.begin, chunk.end, leaving))
+    def _queue_cached(self, request: PrefillRequest) -> int:
+        """Queue layers of a known prefix as far as there is room for them; how many."""
+        tokens_count, address = request.cached_tokens_count, request.asked.decode_address
+        if request.is_prefix_queued or not self.outbox.has_room(address):
+            return 0
+        first = layer = request.queued_counts.index(0)
+        slots = self.prefill_step.prefix_slots(request.pages, tokens_count)
+        while layer < self._model.layers_count and self.outbox.has_room(address):
+            self._queue(request, layer, 0, tokens_count, self.prefill_step.cached_latents(slots, layer))
+            layer += 1
+        return layer - first
 
-    def _leaving(self, request: PrefillRequest, latents: torch.Tensor) -> HostCopy:
-        """Latents on their way to where the channel to their decode node takes them from."""
-        return self._copies.begin(latents, is_to_host=not is_between_devices(request.asked.decode_address))
+    def _queue_computed(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
+        self._queue(chunk.request, layer, chunk.begin, chunk.end, latents)
+
+    def _queue(
+        self, request: PrefillRequest, layer: int, begin: int, end: int, latents: torch.Tensor
+    ) -> None:
+        """Send latents on their way to where the channel to their decode node takes them from."""
+        request.queued_counts[layer] = end
+        is_to_host = not is_between_devices(request.asked.decode_address)
+        self.outbox.put(Parcel(request, layer, begin, end, self._copies.begin(latents, is_to_host)))
 
     def _finish(self, complete: Sequence[PrefillRequest], logits: torch.Tensor) -> None:
         if not complete:

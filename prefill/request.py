@@ -17,6 +17,8 @@ class PrefillRequest:
     pages: list[int] = field(default_factory=list)
     cached_tokens_count: int = 0
     tokens_done_count: int = 0
+    queued_counts: list[int] = field(default_factory=list)
+    """Tokens of each layer whose latents are on their way; none where its decode node wants no latents."""
     begun_s: float = 0.0
     computed_s: float = 0.0
     last_step: int = 0
@@ -37,6 +39,11 @@ class PrefillRequest:
     def tokens_left_count(self) -> int:
         """Tokens whose latents are still to be computed."""
         return len(self.asked.token_ids) - self.tokens_done_count
+
+    @property
+    def is_prefix_queued(self) -> bool:
+        """Whether the cached latents of all layers, which are queued in order, are on their way."""
+        return not self.queued_counts or self.queued_counts[-1] >= self.cached_tokens_count
 
 
 @dataclass(frozen=True, slots=True)

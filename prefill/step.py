@@ -45,10 +45,16 @@ class PrefillStep:
         hidden = torch.cat(run_lanes([self._lane(part, on_latents) for part in parts]))
         return [chunk for part in parts for chunk in part], hidden
 
+    def prefix_slots(self, pages: Sequence[int], tokens_count: int) -> slice | torch.Tensor:
+        """Where the pages hold the first so many tokens: for `cached_latents` of every layer."""
+        slots = slots_of(pages, 0, tokens_count)
+        return slots if isinstance(slots, slice) else slots.to(self.transformer.device)
+
     @torch.inference_mode()
-    def cached_latents(self, pages: Sequence[int], layer: int, tokens_count: int) -> torch.Tensor:
-        """A copy of what the pages hold of one layer, `[tokens, row]`."""
-        return self.cache.read(layer, slots_of(pages, 0, tokens_count)).clone()
+    def cached_latents(self, slots: slice | torch.Tensor, layer: int) -> torch.Tensor:
+        """A copy of what one layer holds there, `[tokens, row]`."""
+        latents = self.cache.read(layer, slots)
+        return latents.clone() if isinstance(slots, slice) else latents  # an index has copied already
 
     def _lane(self, chunks: Sequence[Chunk], on_latents: OnLatents) -> Lane:
         borders = [0, *accumulate(chunk.tokens_count for chunk in chunks)]
@@ -58,8 +64,11 @@ class PrefillStep:
         rotation = self.transformer.rotation(positions.to(device))
         places = [slots_of(chunk.request.pages, chunk.begin, chunk.end) for chunk in chunks]
         slots = torch.cat([as_index(place) for place in places]).to(device)
-        contexts = [slots_of(chunk.request.pages, 0, chunk.end) for chunk in chunks]
-        windowed = contexts_of(chunks, device) if runs_kernel(self.cache.latents) else None
+        windowed, contexts = None, []
+        if runs_kernel(self.cache.latents):
+            windowed = contexts_of(chunks, device)
+        else:
+            contexts = [slots_of(chunk.request.pages, 0, chunk.end) for chunk in chunks]
 
         def attend(layer: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
             queries, fresh = attention.compress(normed, rotation)

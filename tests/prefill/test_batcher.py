@@ -122,6 +122,16 @@ def test_a_prompt_that_is_not_the_oldest_does_not_wait_for_them_either():
     assert second.tokens_left_count == 0
 
 
+def test_who_may_not_go_has_no_share_and_keeps_its_place():
+    batcher = PrefillBatcher(512, 8)
+    held, *_ = begun(batcher, prompt(1000), prompt(1000), prompt(1000))
+    chunks = batcher.next_batch(lambda request: request is not held)
+    assert [(chunk.request is held, chunk.tokens_count) for chunk in chunks] == [(False, 256)] * 2
+    batcher.finish(chunks)
+    assert batcher.next_batch()[0].request is held
+    assert batcher.next_batch(lambda request: False) == []
+
+
 def test_higher_priority_first_then_the_older():
     batcher = PrefillBatcher(512, 64)
     for name, priority in (("a", 0), ("b", 2), ("c", 0), ("d", 2), ("e", -1)):

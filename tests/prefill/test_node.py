@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from decode.messages import DOWN as DECODE_DOWN
 from decode.messages import LENGTH, CancelRequest, LatentsReceived, PageReservation, TokenChunks
 from decode.messages import UP as DECODE_UP
 from experts.errors import ExpertsUnavailable
 from experts.local import LocalExperts
 from kernels.model.latent_cache import slots_of
+from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelClosed
 from prefill.messages import DOWN, FirstTokenChunk, HandedOver, PrefillPrompt
 from tests.checkpoints import random_prompt
-from tests.fixtures import CHECKPOINT, GREEDY, Stage
+from tests.fixtures import CHECKPOINT, GREEDY, SECRET, Stage
 
 ONE = replace(GREEDY, tokens_max=1)
 
@@ -92,6 +94,36 @@ def test_a_known_prefix_is_not_computed_again_and_gives_the_same(stage):
     longer = computed(stage, "c", prompt(200)[:130] + prompt(60))
     assert longer.cached_tokens_count == 128
     stage.assert_all_free()
+
+
+def test_a_known_prefix_waits_for_its_decode_node_without_holding_up_others(stage, monkeypatch):
+    computed(stage, "before", prompt(200))
+    frames = []
+    address = f"memory://{stage.name}-slow"
+    slow = Endpoint(address, SECRET, "slow", lambda _, frame: frames.append(DECODE_DOWN.read_frame(frame)))
+    outbox, takes = stage.prefill.outbox, stage.prefill.outbox._takes
+    monkeypatch.setattr("prefill.outbox.QUEUED_BYTES_MAX", 1)
+
+    def full(line, parcel):
+        return parcel.request.asked.request_id != "a" and takes(line, parcel)
+
+    with monkeypatch.context() as blocked:
+        blocked.setattr(outbox, "_takes", full)
+        DOWN.send(stage.gateway.prefill, PrefillPrompt("a", 1, tuple(prompt(200)), 200, GREEDY, address))
+        computed(stage, "b", prompt(200)[::-1])
+        assert len(stage.gateway.tokens("b")) == GREEDY.tokens_max
+        assert list(first_tokens(stage)) == ["before", "b"]
+        (waiting,) = outbox._waiting()
+        assert [(parcel.layer, parcel.end) for parcel in waiting.parcels] == [(0, 192)]
+    outbox.send_all()
+    stage.settle()
+    for _ in range(20):
+        slow.poll(0)
+    layers = range(stage.prefill.cache.layers_count)
+    spans = [(layer, begin, end) for begin, end in ((0, 192), (192, 200)) for layer in layers]
+    assert [(frame.layer, frame.begin, frame.end) for frame in frames[:-1]] == spans
+    assert frames[-1].token_id == first_tokens(stage)["a"].chunk.token_ids[0]
+    slow.close()
 
 
 def test_a_request_that_ends_with_its_first_token_is_not_handed_over(stage):

@@ -133,11 +133,14 @@ def test_no_logits_without_an_end(transformer):
     assert bench.run(Chunk(bench.begin(PROMPT), 0, 64)).numel() == 0
 
 
-def test_cached_latents_are_a_copy(transformer):
+@pytest.mark.parametrize("order", [1, -1])
+def test_cached_latents_are_a_copy(transformer, order):
     bench = Bench(transformer)
     request = bench.begin(PROMPT)
+    request.pages = request.pages[::order]
     bench.chunked(request, [])
-    copy = bench.step.cached_latents(request.pages, 1, 128)
+    slots = bench.step.prefix_slots(request.pages, 128)
+    copy = bench.step.cached_latents(slots, 1)
     assert torch.equal(copy, bench.latents(request)[1, :128])
     bench.cache.latents.fill_(0.0)
     assert copy.abs().sum() > 0
