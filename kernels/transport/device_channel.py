@@ -96,7 +96,7 @@ class DeviceChannel(DeviceWire):
         frame = self._arrived() or self._begin_next(choose_buffers)
         if frame is None and self._arriving is None and not self._aside and self._ending is not None:
             raise self._ending
-        if self._aside:
+        if self._aside and self._arriving is None:  # else the last of what arrives rings
             self._bell.ring()
         self._mind()
         return frame

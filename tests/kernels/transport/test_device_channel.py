@@ -580,6 +580,18 @@ def test_an_idle_channel_uses_no_time(pair):
     assert turns == []
 
 
+def test_who_waits_for_a_transfer_sleeps_though_another_frame_is_here(pair, behaviour):
+    behaviour.delay_s = 0.3
+    tensor = numbers(5)
+    pair.here.send("slow", None, [tensor])
+    pair.here.send("behind")
+    turns, next_frame = [], pair.there._next_frame
+    pair.there._next_frame = lambda choose: turns.append(1) or next_frame(choose)
+    assert torch.equal(pair.there.receive(WAIT_S).parts[0].view(torch.float32), tensor)
+    assert pair.there.receive(WAIT_S).kind == "behind"
+    assert len(turns) < 200  # thousands where it spins
+
+
 def test_threads_end_with_their_channels(behaviour, caplog):
     caplog.set_level(logging.WARNING)
     with joined() as pair:
