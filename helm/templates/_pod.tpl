@@ -18,8 +18,8 @@ metadata:
   {{- with .pods }}
   annotations:
     # KubeRay compares clusters without their counts of pods: only a changed template has it take up changed ones. Where
-    # pods follow actors the count of the moment is the autoscaler's.
-    trivium/pods: {{ ternary (printf "%v-%v" .min .max) (printf "%v-%v-%v" .replicas .min .max) $values.ray.podsFollowActors | quote }}
+    # pods follow actors the count of the moment is the autoscaler's, and elsewhere its bounds mean nothing.
+    trivium/pods: {{ ternary (printf "%v-%v" .min .max) (toString .replicas) $values.ray.podsFollowActors | quote }}
   {{- end }}
 spec:
   serviceAccountName: {{ include "trivium.name" $root }}
