@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequest, NodeUnavailable, Overloaded, TriviumError
 from cluster.events import (
@@ -25,6 +26,7 @@ from cluster.events import (
 from cluster.gateway_report import GatewayRecorder, GatewayReport
 from cluster.links import NodeLinks
 from cluster.membership import View
+from cluster.route import Route
 from cluster.router import Router
 from decode.messages import NodeReport
 
@@ -39,6 +41,16 @@ UNSERVABLE = ("request_too_large", "invalid_prompt")  # reasons for which the sa
 Output = DeliverTokens | FinishRequest
 
 
+@dataclass
+class Seat:
+    """Where one request waits for what its nodes bring."""
+
+    request: RoutedRequest
+    route: Route | None = None
+    """The router's, which the router forgets when it gives the request up."""
+    outputs: asyncio.Queue[Output | FailRequest] = field(default_factory=asyncio.Queue)
+
+
 class Desk:
     """All requests of one gateway; every method belongs to the gateway's event loop."""
 
@@ -49,7 +61,7 @@ class Desk:
         self.name = name
         self._recorder = GatewayRecorder()
         self._links = NodeLinks(name, secret, self.tell)
-        self._outputs: dict[str, asyncio.Queue[Output | FailRequest]] = {}
+        self._seats: dict[str, Seat] = {}
         self._seen: dict[str, tuple[float, int]] = {}
         self._entering_count = 0
         self._ticking: asyncio.Task | None = None
@@ -71,7 +83,7 @@ class Desk:
     @property
     def requests_count(self) -> int:
         """Requests that have not ended, and calls that may become some."""
-        return self._entering_count + len(self._outputs)
+        return self._entering_count + len(self._seats)
 
     def new_request_id(self) -> str:
         """An id that no other request of any gateway has."""
@@ -93,10 +105,11 @@ class Desk:
         Its times in the report count from `called_s`, when its call came, where that is known.
         """
         self._check_room()
-        self._outputs[request.request_id] = asyncio.Queue()
+        seat = self._seats[request.request_id] = Seat(request)
         begin_s = time.monotonic() if called_s is None else called_s
         self._recorder.admitted(request.request_id, len(request.token_ids), begin_s)
         self.tell(RequestAdmitted(request))
+        seat.route = self.router.routes.get(request.request_id)
 
     def _check_room(self) -> None:
         waiting_count = self._entering_count + self.router.requests_waiting_count
@@ -113,21 +126,23 @@ class Desk:
 
     async def outputs(self, request_id: str) -> AsyncIterator[list[Output]]:
         """What a request has brought since the last time, to its end; raises TriviumError if it fails."""
-        queue = self._outputs[request_id]
+        seat = self._seats[request_id]
         while True:
-            batch = [await queue.get()]
-            while not queue.empty():
-                batch.append(queue.get_nowait())
-            failed = next((output for output in batch if isinstance(output, FailRequest)), None)
+            batch = [await seat.outputs.get()]
+            while not seat.outputs.empty():
+                batch.append(seat.outputs.get_nowait())
+            failed = batch.pop() if isinstance(batch[-1], FailRequest) else None
+            if batch:
+                yield batch
             if failed is not None:
-                raise failure(failed)
-            yield batch
+                self._recorder.failed(request_id, failed.reason)
+                raise failure(failed, seat.request.client_request_id)
             if isinstance(batch[-1], FinishRequest):
                 return
 
     def finish_now(self, request_id: str, reason: str) -> FinishRequest:
         """End a request under way, as after a stop string: its nodes are free of it at once."""
-        route = self.router.routes[request_id]
+        route = self._seats[request_id].route
         phases = self.router.phases(route, time.monotonic())
         self._recorder.finished(request_id, reason, route.cached_tokens_count, phases)
         self.tell(RequestCancelled(request_id))
@@ -135,7 +150,7 @@ class Desk:
 
     def leave(self, request_id: str) -> None:
         """Nobody waits for a request any more, whether it has ended or not."""
-        self._outputs.pop(request_id, None)
+        self._seats.pop(request_id, None)
         self._recorder.left(request_id)
         self.tell(RequestCancelled(request_id))
 
@@ -164,18 +179,16 @@ class Desk:
             case SayToNode(name, message):
                 self._links.send(name, message)
             case DeliverTokens(request_id) | FinishRequest(request_id) | FailRequest(request_id):
-                if request_id in self._outputs:
-                    self._outputs[request_id].put_nowait(command)
+                if request_id in self._seats:
+                    self._seats[request_id].outputs.put_nowait(command)
                     self._record(command)
 
-    def _record(self, command: Output | FailRequest) -> None:
+    def _record(self, command: Output) -> None:
         match command:
             case DeliverTokens(request_id, token_ids):
                 self._recorder.delivered(request_id, len(token_ids), time.monotonic())
             case FinishRequest(request_id, reason, cached_tokens_count, phases):
                 self._recorder.finished(request_id, reason, cached_tokens_count, phases)
-            case FailRequest(request_id, reason):
-                self._recorder.failed(request_id, reason)
 
     async def _tick(self) -> None:
         ticks_count = 0
@@ -197,14 +210,20 @@ class Desk:
             self._seen[report.name] = (now_s, report.tokens_count)
 
 
-def failure(failed: FailRequest) -> TriviumError:
+def failure(failed: FailRequest, client_request_id: str) -> TriviumError:
     """The error that a client sees; what nodes say may name addresses, and goes to the log alone."""
     reason = failed.reason.upper()
     if failed.reason in UNSERVABLE:
         return InvalidRequest(
             reason, failed.message, field="request", remedy="Change it; it would fail again."
         )
-    logger.warning("request %s failed: %s: %s", failed.request_id, failed.reason, failed.message)
+    logger.warning(
+        "request %s (%s) failed: %s: %s",
+        failed.request_id,
+        client_request_id or "its client gave it no name",
+        failed.reason,
+        failed.message,
+    )
     return NodeUnavailable(
         reason,
         f"nodes gave the request up: {failed.reason.replace('_', ' ')}",

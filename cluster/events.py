@@ -17,6 +17,8 @@ class RoutedRequest:
     priority: int = 0
     traceparent: str = UNTRACED
     """Its place in a trace."""
+    client_request_id: str = ""
+    """What its client calls it."""
 
 
 # events

@@ -96,7 +96,14 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             requested, valid = await self._validated(request)
         request_id = self._desk.new_request_id()
         trace.asked(requested, valid, request_id)
-        routed = RoutedRequest(request_id, valid.token_ids, valid.sampling, valid.priority, trace.place)
+        routed = RoutedRequest(
+            request_id,
+            valid.token_ids,
+            valid.sampling,
+            valid.priority,
+            trace.place,
+            valid.client_request_id,
+        )
         try:
             self._desk.admit(routed, called_s)
             await self._write(context, wire.admitted(request_id, len(valid.token_ids), valid.sampling.seed))

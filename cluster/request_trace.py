@@ -40,6 +40,7 @@ class RequestTrace:
         self._attributes |= {
             "gen_ai.operation.name": "chat" if requested.messages else "text_completion",
             "gen_ai.response.id": request_id,
+            "trivium.client_request_id": valid.client_request_id,
             "gen_ai.request.max_tokens": sampling.tokens_max,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,

@@ -15,6 +15,7 @@ from cluster.events import (
     NodeLost,
     NodeSaid,
     Phases,
+    RequestCancelled,
     RoutedRequest,
     TimePassed,
 )
@@ -32,7 +33,7 @@ def new_desk(waiting_max: int = 4) -> Desk:
 def admit(desk: Desk) -> str:
     """A request at the desk."""
     request_id = desk.new_request_id()
-    desk.admit(RoutedRequest(request_id, (1, 2, 3), GREEDY))
+    desk.admit(RoutedRequest(request_id, (1, 2, 3), GREEDY, client_request_id="job 7"))
     return request_id
 
 
@@ -77,10 +78,43 @@ def test_a_failure_is_typed_and_tells_no_address(caplog):
     with caplog.at_level(logging.WARNING):
         asyncio.run(run())
     assert "unix:///tmp/x" in caplog.text
+    assert "job 7" in caplog.text
+
+
+def test_what_came_before_a_failure_is_given_first(caplog):
+    async def run() -> None:
+        desk = new_desk()
+        request_id = admit(desk)
+        tokens = DeliverTokens(request_id, (5,), ())
+        desk._do(tokens)
+        desk._do(FailRequest(request_id, "node_lost", "it went"))
+        outputs = desk.outputs(request_id)
+        assert await anext(outputs) == [tokens]
+        with pytest.raises(NodeUnavailable):
+            await anext(outputs)
+        assert desk.report().failed_counts == {"node_lost": 1}
+
+    asyncio.run(run())
+
+
+def test_a_request_that_its_nodes_gave_up_may_still_be_finished_by_what_came_before():
+    async def run() -> None:
+        desk = new_desk()
+        request_id = admit(desk)
+        desk._do(DeliverTokens(request_id, (5,), ()))
+        desk._do(FailRequest(request_id, "node_lost", "it went"))
+        desk.router.handle(RequestCancelled(request_id), 0.0)  # as the router does when it gives one up
+        await anext(desk.outputs(request_id))
+        assert desk.finish_now(request_id, "stop_string").phases.total_s >= 0
+        desk.leave(request_id)
+        report = desk.report()
+        assert (report.finished_counts, report.failed_counts) == ({"stop_string": 1}, {})
+
+    asyncio.run(run())
 
 
 def test_what_fails_again_is_the_clients_to_change():
-    error = failure(FailRequest("r", "request_too_large", "it needs 9 pages"))
+    error = failure(FailRequest("r", "request_too_large", "it needs 9 pages"), "")
     assert isinstance(error, InvalidRequest)
     assert error.message == "it needs 9 pages"
     assert error.retry_after_s is None

@@ -19,7 +19,7 @@ from cluster.errors import (
     Overloaded,
     Unauthenticated,
 )
-from cluster.events import DeliverTokens, FinishRequest, Phases
+from cluster.events import DeliverTokens, FailRequest, FinishRequest, Phases, RequestCancelled
 from cluster.gateway_service import STATES, VALIDATED_INLINE_BYTES
 from cluster.gateway_service import Delta as ServiceDelta
 from cluster.membership import DRAINING, STARTING, Member, View
@@ -227,6 +227,27 @@ def test_too_many_waiting_are_shed(nodes):
             assert caught.value.limit == "1"
             await gateway.desk.follow(view_of(nodes))
             assert isinstance((await waiting)[-1], Finished)
+            await gateway.is_idle()
+
+    asyncio.run(run())
+
+
+def test_a_stop_string_that_came_before_a_failure_ends_the_request(nodes):
+    tokenizer = Tokenizer.from_folder(FOLDER)
+    token_ids = tuple(tokenizer.encode(" roads meet", add_special_tokens=False))
+    sampling = RequestedSampling(stop_strings=("meet",))
+
+    async def run() -> None:
+        async with served(View()) as gateway, Client(gateway.address) as client:
+            events = asyncio.create_task(
+                events_of(client, RequestedGeneration(text="three", sampling=sampling))
+            )
+            await until(lambda: gateway.desk.router.routes)
+            [request_id] = gateway.desk.router.routes
+            gateway.desk._do(DeliverTokens(request_id, token_ids, ()))
+            gateway.desk._do(FailRequest(request_id, "node_lost", "it went"))
+            gateway.desk.router.handle(RequestCancelled(request_id), 0.0)
+            assert (await events)[-1].finish_reason == "stop_string"
             await gateway.is_idle()
 
     asyncio.run(run())

@@ -53,7 +53,8 @@ def test_nothing_is_traced_where_nobody_collects():
 
 def test_a_span_says_what_was_asked_and_given():
     trace, log = traced(1.0)
-    requested = RequestedGeneration(token_ids=(1, 2, 3), sampling=RequestedSampling(tokens_max=8, seed=5))
+    sampling = RequestedSampling(tokens_max=8, seed=5)
+    requested = RequestedGeneration(token_ids=(1, 2, 3), sampling=sampling, client_request_id="job 7")
     trace.asked(requested, validate(requested, RequestLimits(100, 50, 16), 5, None), "id")
     trace.finished(FinishRequest("id", "length", 2, Phases(0.1, 0.2, 0.3, 0.4, 0.7)), 8)
     trace.end(11.0)
@@ -63,6 +64,7 @@ def test_a_span_says_what_was_asked_and_given():
     assert (said["gen_ai.usage.input_tokens"], said["gen_ai.usage.output_tokens"]) == (3, 8)
     assert said["gen_ai.response.finish_reasons"] == ("length",)
     assert (said["gen_ai.request.max_tokens"], said["gen_ai.request.model"]) == (8, "small")
+    assert said["trivium.client_request_id"] == "job 7"
     assert "error.type" not in said
 
 
