@@ -9,7 +9,7 @@ import torch
 
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.logs import begin_logs
-from cluster.membership import DRAINING, READY, Member, View
+from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place, check_numbers, device_of
 from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
 from cluster.tracing import start_tracing, stop_tracing
@@ -121,9 +121,10 @@ class ShardActor:
         torch.set_num_threads(place.config.threads_per_actor)
         self.name = member_name("shard")
         begin_logs(self.name, place.config.operations.json_logs)
-        self.state = READY
         self.loaded_share = 0.0
+        self._is_leaving = False
         checkpoint = Checkpoint(place.config.model.folder)
+        self._has_layers = bool(checkpoint.config.moe_layers)
         address = place.tensors_address(self.name) or place.address(self.name)
         self.shard = ExpertShard(
             ShardConfig(self.name, address, place.secret),
@@ -138,23 +139,30 @@ class ShardActor:
         self._tracing = start_tracing(endpoint, self.kind, self.name, self.shard.spans)
 
     def describe(self) -> Member:
-        """This actor, for the coordinator."""
+        """This actor, for the coordinator: ready once it holds experts, and leaving if it cannot compute."""
+        report = self.shard.report()
+        is_leaving = self._is_leaving or not self.shard.is_alive
+        is_ready = report.experts_count > 0 or not self._has_layers
         return Member(
             self.name,
             self.kind,
             self.shard.address,
-            self.state,
+            DRAINING if is_leaving else READY if is_ready else STARTING,
             loaded_share=self.loaded_share,
-            report=self.shard.report(),
+            report=report,
             **host_and_pid(),
         )
 
     async def on_view(self, view: View) -> None:
-        """Load what a newer placement gives this shard."""
-        if view.placement is not None and view.placement.epoch > self.shard.epoch:
-            await asyncio.to_thread(self.shard.adopt, view.placement, self._progress, view.placement_in_force)
-            self.loaded_share = 1.0
+        """Let go of what no node asks for any more, and with that room load what is newly placed here."""
         self.shard.forget(view.nodes_epoch)
+        if view.placement is None or view.placement.epoch <= self.shard.epoch:
+            return
+        alive = {member.name for member in view.of_kind(self.kind)}
+        given = (view.placement, self._progress, view.placement_in_force, alive)
+        await asyncio.to_thread(self.shard.adopt, *given)
+        self.loaded_share = 1.0
+        await self.heartbeat.announce()  # before the next placement hides that this one was loaded
 
     def _progress(self, done: int, total: int) -> None:
         self.loaded_share = done / total
@@ -166,7 +174,7 @@ class ShardActor:
 
     async def __del__(self) -> None:
         """Stay until other shards have taken over and no node asks any more, then go."""
-        self.state = DRAINING
+        self._is_leaving = True
         await self.heartbeat.announce()
         await replaced(self.name, self.heartbeat)
         await unasked(self.shard)

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -109,10 +109,12 @@ class ExpertShard:
         placement: Placement,
         on_progress: ProgressCallback | None = None,
         in_force: Placement | None = None,
+        alive: Set[str] = frozenset(),
     ) -> None:
         """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread.
 
-        What other shards hold by the placement `in_force` comes from them, the rest from the checkpoint.
+        What shards called `alive`, also those that are to leave, hold by the placement `in_force` comes from
+        them, the rest from the checkpoint.
         """
         before = self._holding
         if placement.epoch <= before.epoch:
@@ -120,8 +122,8 @@ class ExpertShard:
         held = before.leaving | before.experts
         wanted = placement.experts_of(self.config.name)
         missing = [expert for expert in wanted if expert not in held]
-        alive = {shard.name for shard in placement.shards} - {self.config.name}
-        sources = sources_of(missing, in_force, alive) if in_force is not None else {}
+        others = alive - {self.config.name}
+        sources = sources_of(missing, in_force, others) if in_force is not None else {}
         with torch.cuda.stream(self._loading):  # so that what is computed meanwhile does not wait
             loaded = self._loaded(missing, sources, on_progress)
             held |= loaded

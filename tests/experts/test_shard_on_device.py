@@ -130,7 +130,7 @@ def test_experts_move_in_fp8_while_nodes_ask(truths, shard_of, node):
             node.adopt(now)
             answers.append(node.dispatch(1, *tokens).combine())
             for shard in (old, new) if following else ():
-                shard.adopt(following, in_force=now)
+                shard.adopt(following, in_force=now, alive=both.keys())
             if following:
                 answers.append(node.dispatch(1, *tokens).combine())  # by the placement that is leaving
         for shard in (old, new):
@@ -182,7 +182,7 @@ def test_fp8_weights_that_are_not_right_are_not_taken(lie, truths, shard_of):
     with kernels_forced():
         new = shard_of("fp8", "new")
         in_force = placed({"liar": liar.address})
-        new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), in_force=in_force)
+        new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), None, in_force, {"liar"})
     liar.close()
     assert new.report().fetched_count == 0 and new.report().experts_count == HALF_COUNT
     for pair, weights in new._holding.experts.items():

@@ -47,7 +47,7 @@ def grown(old: ExpertShard, new: ExpertShard) -> tuple[Placement, Placement]:
 def test_a_new_shard_gets_its_experts_from_the_old_one(old, shard_at, dtype):
     holder, new = old(dtype), shard_at("new", memory_address(), dtype)
     in_force, placement = grown(holder, new)
-    new.adopt(placement, in_force=in_force)
+    new.adopt(placement, in_force=in_force, alive={"old", "new"})
     wanted = placement.experts_of("new")
     assert new.report().fetched_count == len(wanted) == LAYERS * EXPERTS // 2
     for pair in wanted:
@@ -58,7 +58,7 @@ def test_what_a_sibling_does_not_hold_comes_from_the_checkpoint(old, shard_at):
     holder, new = old(torch.float32), shard_at("new", memory_address())
     in_force, placement = grown(holder, new)
     del holder._holding.experts[placement.experts_of("new")[0]]
-    new.adopt(placement, in_force=in_force)
+    new.adopt(placement, in_force=in_force, alive={"old", "new"})
     assert new.report().fetched_count == LAYERS * EXPERTS // 2 - 1
     assert new.report().experts_count == LAYERS * EXPERTS // 2
 
@@ -67,7 +67,7 @@ def test_a_dead_sibling_is_not_waited_for_again_and_again(old, shard_at):
     holder, new = old(torch.float32), shard_at("new", memory_address())
     in_force, placement = grown(holder, new)
     holder.close()
-    new.adopt(placement, in_force=in_force)
+    new.adopt(placement, in_force=in_force, alive={"old", "new"})
     assert new.report().fetched_count == 0 and new.report().experts_count == LAYERS * EXPERTS // 2
 
 
@@ -105,7 +105,7 @@ def test_weights_that_are_not_right_are_not_taken(lie, old, shard_at):
     liar = Endpoint(memory_address(), SECRET, "liar", answer)
     liar.start()
     in_force = placed({"liar": liar.address})
-    new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), in_force=in_force)
+    new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), None, in_force, {"liar"})
     liar.close()
     assert new.report().fetched_count == 0
     for pair, held in new._holding.experts.items():
