@@ -6,7 +6,6 @@ link. So a busy receiver costs the sender's GPU nothing, what is refused never m
 straight to where they belong.
 """
 
-import contextlib
 import socket
 import threading
 from collections.abc import Sequence
@@ -89,8 +88,7 @@ class DeviceChannel(DeviceWire):
         if not self._greeted:
             return super()._next_frame(None)
         self._bell.hush()
-        with contextlib.suppress(ChannelClosed):  # what the peer said before it went is still read
-            super().push()
+        self._send_on()
         self._take_in()
         self._act()
         frame = self._arrived() or self._begin_next(choose_buffers)

@@ -246,12 +246,18 @@ class DeviceWire(StreamChannel):
         self._mind()
 
     def _turn(self) -> bool:
-        """Read what is here and take a turn at the transfers; who waits for a frame looks again after it."""
+        """Read and send what can go, and take a turn at transfers; who waits for a frame looks again then."""
         found = self._take_in()
+        self._send_on()
         if not self._act() and not found:
             return False
         self._bell.ring()
         return True
+
+    def _send_on(self) -> None:
+        """Send what the peer takes now; what it said before it went is still read."""
+        with contextlib.suppress(ChannelClosed):
+            super().push()
 
     def _mind(self) -> None:
         """Wait for the socket only where something would come of it."""
@@ -309,8 +315,7 @@ class DeviceWire(StreamChannel):
         """Wait until something has happened between both ends; False where one of them has ended."""
         while True:
             found = self._take_in()
-            with contextlib.suppress(ChannelClosed):
-                super().push()
+            self._send_on()
             if self._ending is not None or self._ended:
                 self._bell.ring()
                 return False

@@ -139,6 +139,16 @@ def test_what_the_peer_answers_is_heard_though_its_frames_are_not_wanted_yet(pai
     assert [pair.here.receive(WAIT_S).body for _ in range(3)] == [0, 1, 2]
 
 
+def test_bytes_before_a_transfer_that_the_socket_did_not_take_leave_by_themselves(pair):
+    eventually(lambda: sent(pair.here).opened and sent(pair.there).opened)
+    large, tensor = bytes(48 << 20), numbers(5)
+    pair.here.send("large", None, [memoryview(large), tensor])
+    assert StreamChannel.has_pending.fget(pair.here)
+    frame = pair.there.receive(WAIT_S / 4)  # nobody pushes here
+    assert frame.parts[0] == large
+    assert torch.equal(frame.parts[1].view(torch.float32), tensor)
+
+
 def test_frames_of_many_threads_stay_whole(pair):
     def send(thread: int) -> None:
         for number in range(10):
