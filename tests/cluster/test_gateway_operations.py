@@ -289,6 +289,29 @@ def test_a_coordinator_that_is_silent_is_told(monkeypatch):
     assert caught.value.reason == "NO_COORDINATOR" and caught.value.retry_after_s == 5.0
 
 
+@pytest.mark.parametrize("error", [RuntimeError("the actor died"), asyncio.CancelledError()])
+def test_a_coordinator_that_dies_is_told(error, caplog):
+    class Dead:
+        async def remote(self) -> None:
+            raise error
+
+    with pytest.raises(NodeUnavailable) as caught:
+        asyncio.run(ask(Dead()))
+    assert caught.value.reason == "NO_COORDINATOR" and caught.value.retry_after_s == 5.0
+    assert "died" not in str(caught.value) and type(error).__name__ in caplog.text
+
+
+def test_a_call_that_its_client_cancels_asks_the_coordinator_no_more():
+    async def run() -> None:
+        asking = asyncio.create_task(ask(Method(delay_s=5.0)))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(run())
+
+
 def test_messages_have_no_field_that_is_never_told():
     """Every field of a pool is set somewhere in these tests' full answer."""
     fields = {field.name for field in trivium_pb2.Pool.DESCRIPTOR.fields}
