@@ -8,7 +8,6 @@ on the same device. A piece reads and writes the same memory each time: what cha
 copied into its inputs.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 Replay = Callable[[], None]
 MakeLane = Callable[[StepInputs, RoutedExperts], Lane]
+
+
+class RecordingStuck(RuntimeError):
+    """A recording can neither be finished nor left."""
 
 
 class Recorder(Protocol):
@@ -54,17 +57,24 @@ class CudaRecorder:
         self._recording.__enter__()
 
     def end(self) -> Replay:
-        """Stop; one launch plays everything."""
-        recording, self._recording = self._recording, None
-        recording.__exit__(None, None, None)
+        """Stop; one launch plays everything; raises RecordingStuck."""
+        self._leave()
         return self._graph.replay
 
     def abandon(self) -> None:
-        """Leave the recording, which an error has made useless, so that the thread can compute again."""
+        """Leave the recording that an error has made useless; raises RecordingStuck."""
+        if self._recording is not None:
+            self._leave()
+
+    def _leave(self) -> None:
         recording, self._recording = self._recording, None
-        if recording is not None:
-            with contextlib.suppress(RuntimeError):
-                recording.__exit__(None, None, None)
+        try:
+            recording.__exit__(None, None, None)
+        except RuntimeError as error:  # this thread stays on the stream that records, and torch thinks so too
+            raise RecordingStuck(
+                "CUDA made a recording invalid, and this process cannot compute any more; see the error "
+                "before this one: if it is memory, lower decode.latents_bytes or decode.requests_max"
+            ) from error
 
 
 @dataclass(slots=True)
@@ -200,6 +210,8 @@ class GraphedLanes:
             for level in self._pages_levels:
                 try:
                     self._tapes[number, rows, level] = self._record(number, rows, level, device)
+                except RecordingStuck:
+                    raise
                 except RuntimeError:
                     logger.exception("a step of %s requests and %s pages cannot be recorded", rows, level)
                     self._recorders.pop(number).abandon()

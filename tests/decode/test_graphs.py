@@ -1,9 +1,18 @@
 """Recorded lanes give what lanes give: for other requests, fewer, longer ones, side by side."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from decode.graphs import GraphedLanes, Rehearsal, run_through
+from decode.graphs import (
+    CudaRecorder,
+    GraphedLanes,
+    RecordedExperts,
+    RecordingStuck,
+    Rehearsal,
+    run_through,
+)
 from decode.messages import ReservePages, SamplingParameters
 from decode.request import DecodeRequest
 from decode.step import DecodeStep, lane_sizes
@@ -149,6 +158,53 @@ def test_what_cannot_be_recorded_is_computed_as_it_comes():
     inputs = StepInputs.blank(2, 3, torch.device("cpu"))
     inputs.token_ids.fill_(7)
     assert run_through(graphs.lane(0, inputs)).tolist() == [[14.0], [14.0]]
+
+
+class Recording:
+    """One of CUDA's, as torch makes it."""
+
+    can_be_left = True
+
+    def __init__(self, graph, pool, capture_error_mode):
+        """As torch's."""
+
+    def __enter__(self):
+        """Begin."""
+
+    def __exit__(self, *_):
+        """End, unless something has made it invalid."""
+        if not self.can_be_left:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def failing_layer(inputs, routed):
+    """A lane that comes to its end but once."""
+    if isinstance(routed, RecordedExperts):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return inputs.token_ids
+    yield
+
+
+@pytest.fixture
+def recording(monkeypatch) -> type[Recording]:
+    """CUDA's recordings without CUDA."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    return Recording
+
+
+@pytest.mark.parametrize("lane", [one_layer, failing_layer])
+def test_a_recording_that_cannot_be_left_ends_the_node(recording, monkeypatch, lane):
+    monkeypatch.setattr(recording, "can_be_left", False)
+    graphs = GraphedLanes(lane, Doubling(), CudaRecorder, 1, (16,))
+    with pytest.raises(RecordingStuck, match=r"decode\.latents_bytes"):
+        graphs.prepare([(0, 4)], torch.device("cpu"))
+
+
+def test_a_recording_that_can_be_left_ends_nobody(recording):
+    graphs = GraphedLanes(failing_layer, Doubling(), CudaRecorder, 1, (16,))
+    assert not graphs.prepare([(0, 4)], torch.device("cpu"))
 
 
 def test_longer_tables_go_by_the_next_level_and_the_longest_by_none():
