@@ -171,6 +171,28 @@ def test_an_alert_says_what_is_wrong_and_what_to_do(path: Path):
         assert mentioned <= set(names)
 
 
+AGES = r"trivium_heartbeat_age_seconds"
+LATE = re.compile(rf"max by \([a-z, ]+\) \((?:{AGES}|max_over_time\({AGES}\[(\d+)m\]\))\) > ([\d.]+)")
+SCRAPE_S = 15
+
+
+def fires(ages_s: tuple[float, ...]) -> bool:
+    """Whether one node's ages, seen one after the other for ten minutes, make its alert fire."""
+    [alert] = [one for path in RULES for one in alerts(path) if one["alert"] == "TriviumHeartbeatsLate"]
+    [(window_min, limit_s)] = LATE.findall(alert["expr"])
+    window = max(int(window_min or 0) * 60 // SCRAPE_S, 1)
+    seen_s = [ages_s[at % len(ages_s)] for at in range(600 // SCRAPE_S)]
+    true = [max(seen_s[max(at + 1 - window, 0) : at + 1]) > float(limit_s) for at in range(len(seen_s))]
+    held = int(alert["for"].removesuffix("m")) * 60 // SCRAPE_S + 1
+    return any(all(true[at : at + held]) for at in range(len(true) - held))
+
+
+def test_late_heartbeats_are_told_although_each_age_is_soon_over():
+    assert fires((0.3, 2.4, 0.9, 2.2))
+    assert not fires((0.1, 0.4, 0.9, 1.4))
+    assert not fires((0.3,) * 20 + (2.4,) + (0.3,) * 19), "once in ten minutes is no reason"
+
+
 def test_a_label_in_a_summary_is_one_that_the_alert_has():
     for path in RULES:
         for alert in alerts(path):
