@@ -261,7 +261,7 @@ class DeviceWire(StreamChannel):
 
     def _mind(self) -> None:
         """Wait for the socket only where something would come of it."""
-        self._bell.watch(self._reads, super().has_pending)
+        self._bell.watch(lambda: (self._reads, bool(self._pending)))
 
     def _act(self) -> bool:
         """Take a turn at the transfers; True where one is over, or the channel."""

@@ -5,6 +5,7 @@ import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 
 
 class Doorbell:
@@ -24,10 +25,14 @@ class Doorbell:
         """The descriptor; -1 once closed."""
         return -1 if self._closed else self._epoll.fileno()
 
-    def watch(self, readable: bool, writable: bool) -> None:
-        """Watch the socket for these from now on; for neither, its end is not heard of either."""
-        wanted = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0)
-        with self._lock:
+    def watch(self, wishes: Callable[[], tuple[bool, bool]]) -> None:
+        """Watch the socket for being readable and writable as is wished now, whichever thread asks.
+
+        For neither, its end is not heard of either.
+        """
+        with self._lock:  # asked under it: of two threads, the later goes by what is newer
+            readable, writable = wishes()
+            wanted = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0)
             if self._closed or wanted == self._watched:
                 return
             if not wanted:

@@ -5,6 +5,7 @@ import os
 import select
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,18 +40,30 @@ def test_the_socket_wakes_only_for_what_is_watched(ends):
     bell, there = ends
     there.send(b"1")
     assert wakes(bell)
-    bell.watch(False, False)
+    bell.watch(lambda: (False, False))
     assert not wakes(bell)
-    bell.watch(False, True)
+    bell.watch(lambda: (False, True))
     assert wakes(bell)
-    bell.watch(True, False)
+    bell.watch(lambda: (True, False))
     assert wakes(bell)
 
 
 def test_the_end_of_an_unwatched_socket_is_no_news(ends):
     bell, there = ends
-    bell.watch(False, False)
+    bell.watch(lambda: (False, False))
     there.close()
+    assert not wakes(bell)
+
+
+def test_of_two_threads_the_later_goes_by_what_is_newer(ends):
+    bell, there = ends
+    wishes = [(True, False)]
+    with ThreadPoolExecutor(1) as pool:
+        with bell._lock:
+            watching = pool.submit(bell.watch, lambda: wishes[-1])
+            wishes.append((False, False))  # by a thread that has the lock
+        watching.result()
+    there.send(b"1")
     assert not wakes(bell)
 
 
@@ -63,6 +76,6 @@ def test_closed_it_has_no_descriptor_and_is_silent():
         bell.close()
         bell.ring()
         bell.hush()
-        bell.watch(False, True)
+        bell.watch(lambda: (False, True))
         assert bell.fileno() == -1
         assert len(os.listdir("/proc/self/fd")) == before
