@@ -15,11 +15,16 @@ metadata:
   labels:
     {{- include "trivium.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .name }}
-  {{- with .pods }}
+  {{- if or .pods .group.annotations }}
   annotations:
+    {{- with .group.annotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    {{- with .pods }}
     # KubeRay compares clusters without their counts of pods: only a changed template has it take up changed ones. Where
     # pods follow actors the count of the moment is the autoscaler's, and elsewhere its bounds mean nothing.
     trivium/pods: {{ ternary (printf "%v-%v" .min .max) (toString .replicas) $values.ray.podsFollowActors | quote }}
+    {{- end }}
   {{- end }}
 spec:
   serviceAccountName: {{ include "trivium.name" $root }}
@@ -33,6 +38,9 @@ spec:
     {{- range . }}
     - name: {{ . }}
     {{- end }}
+  {{- end }}
+  {{- with .group.runtimeClassName }}
+  runtimeClassName: {{ . }}
   {{- end }}
   {{- with .group.priorityClassName }}
   priorityClassName: {{ . }}

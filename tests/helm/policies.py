@@ -66,6 +66,8 @@ def privilege(manifests: list[Manifest]) -> list[str]:
         breaches += [f"{name}: has {key}" for key in shared]
         if pod["spec"]["securityContext"].get("seccompProfile") != {"type": "RuntimeDefault"}:
             breaches.append(f"{name}: no seccomp profile")
+        if "unconfined" in pod["metadata"].get("annotations", {}).values():
+            breaches.append(f"{name}: an annotation takes a confinement away")
         if pod["spec"].get("automountServiceAccountToken") is not False:
             breaches.append(f"{name}: a token of Kubernetes' API is mounted")
     return breaches

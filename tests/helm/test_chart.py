@@ -179,6 +179,8 @@ def test_values_take_each_key_of_the_configuration_that_the_chart_does_not_fill(
         ("config.model.folder=/elsewhere", "Additional property folder is not allowed"),
         ("config.transport.scheme=unix", "config.transport: Additional property scheme is not allowed"),
         ("pools.decode.nodeselector.a=b", "Additional property nodeselector is not allowed"),
+        ("pools.decode.runtimeClassName=Nvidia", "pools.decode.runtimeClassName: Does not match pattern"),
+        ("pools.decode.annotations.a=1", "pools.decode.annotations.a: Invalid type"),
         ("pools.gateway.actorsPerPod=2", "pools.gateway.actorsPerPod does not match: 1"),
         ("ray.upgrade=NewClusterWithIncrementalUpgrade", "ray.upgrade must be one of the following"),
         ("drain.finishSeconds=60", "drain.finishSeconds: Must be greater than or equal to 600"),
@@ -245,6 +247,22 @@ def test_an_old_cluster_stays_for_as_long_as_clients_need_to_leave_it(settings, 
     options = [part for setting in settings for part in ("--set", setting)]
     spec = ray_service(render("defaults", *options))["spec"]
     assert spec["rayClusterDeletionDelaySeconds"] == delay_s
+
+
+def test_pods_take_a_runtime_and_annotations_of_their_own():
+    settings = (
+        "pools.decode.runtimeClassName=nvidia",
+        "pools.decode.annotations.example\\.org/paid-by=them",
+        "head.annotations.example\\.org/paid-by=us",
+    )
+    templates = ray_templates(render("defaults", *(part for one in settings for part in ("--set", one))))
+    runtimes = {name: template["spec"].get("runtimeClassName") for name, template in templates.items()}
+    assert {name for name, runtime in runtimes.items() if runtime} == {"decode"}
+    assert runtimes["decode"] == "nvidia"
+    annotations = {name: template["metadata"].get("annotations", {}) for name, template in templates.items()}
+    payers = {name: one.pop("example.org/paid-by", None) for name, one in annotations.items()}
+    assert payers["decode"] == "them" and payers["head"] == "us" and payers["prefill"] is None
+    assert annotations["decode"].keys() == annotations["prefill"].keys() == {"trivium/pods"}
 
 
 def test_existing_secrets_are_used_and_none_is_made():

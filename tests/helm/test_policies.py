@@ -71,6 +71,12 @@ PLANTED = [
     (privilege, lambda one: pod(one).update(hostNetwork=True)),
     (privilege, lambda one: pod(one)["securityContext"].pop("seccompProfile")),
     (privilege, lambda one: pod(one).pop("automountServiceAccountToken")),
+    (
+        privilege,
+        lambda one: ray_templates(one)["decode"]["metadata"]["annotations"].update(
+            {"container.apparmor.security.beta.kubernetes.io/ray-worker": "unconfined"}
+        ),
+    ),
     (open_port, lambda one: without(one, "NetworkPolicy")),
     (
         open_port,
