@@ -10,14 +10,14 @@ copied into its inputs.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import torch
 
 from decode.step_inputs import StepInputs, bucket_of
 from kernels.model.moe import PendingExperts, RoutedExperts
-from kernels.model.transformer import Lane
+from kernels.model.transformer import Lane, run_lanes
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +78,35 @@ class CudaRecorder:
 
 
 @dataclass(slots=True)
+class Exchange:
+    """Where a lane's tokens leave for experts and come back, in whatever layer and size of lane.
+
+    A layer's answer is waited for before the next layer's tokens are put here, and it comes after all that
+    read them on their way, be it on other streams or other GPUs.
+    """
+
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    expert_weights: torch.Tensor
+    mixed: torch.Tensor
+    """The answer, `[requests, hidden]` float32."""
+
+    def rows(self, count: int) -> "Exchange":
+        """The first so many of it."""
+        return Exchange(*(getattr(self, each.name)[:count] for each in fields(self)))
+
+    def put(self, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
+        """Have these leave from here."""
+        self.hidden.copy_(hidden)
+        self.expert_ids.copy_(expert_ids)
+        self.expert_weights.copy_(expert_weights)
+
+
+@dataclass(slots=True)
 class Travel:
     """One layer's tokens on their way to experts and back, between two pieces."""
 
     layer: int
-    hidden: torch.Tensor
-    expert_ids: torch.Tensor
-    expert_weights: torch.Tensor
     meanwhile: Replay | None = None
     after: Replay | None = None
 
@@ -94,8 +116,8 @@ class Tape:
     """One recorded lane."""
 
     inputs: StepInputs
-    mixed: torch.Tensor
-    """Where every layer's answer goes, `[requests, hidden]` float32: one is used before the next comes."""
+    exchange: Exchange | None
+    """None where nothing leaves the device."""
     before: Replay | None = None
     travels: list[Travel] = field(default_factory=list)
     hidden: torch.Tensor | None = None
@@ -106,30 +128,33 @@ class Tape:
         self.inputs.fill(inputs)
         self.before()
         for travel in self.travels:
-            asked = (travel.hidden[:count], travel.expert_ids[:count], travel.expert_weights[:count])
-            pending = routed.dispatch(travel.layer, *asked)
+            used = self.exchange.rows(count)
+            pending = routed.dispatch(travel.layer, used.hidden, used.expert_ids, used.expert_weights)
             travel.meanwhile()
             yield
-            self.mixed[:count].copy_(pending.combine())
+            used.mixed.copy_(pending.combine())
             travel.after()
         return self.hidden[:count].clone()  # the next step writes there again
 
 
-@dataclass(slots=True)
 class Rehearsal:
     """Experts that answer nothing: a first run loads every kernel, which cannot be done while recording."""
 
-    mixed: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.exchange: Exchange | None = None
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
     ) -> "Rehearsal":
-        """Go nowhere."""
-        return Rehearsal(torch.zeros_like(hidden, dtype=torch.float32))
+        """Go nowhere; the first makes room for all others."""
+        if self.exchange is None:
+            leaving = (torch.zeros_like(part) for part in (hidden, expert_ids, expert_weights))
+            self.exchange = Exchange(*leaving, torch.zeros_like(hidden, dtype=torch.float32))
+        return self
 
     def combine(self) -> torch.Tensor:
         """Zeros, `[tokens, hidden]` float32."""
-        return self.mixed
+        return self.exchange.mixed
 
 
 class RecordedExperts:
@@ -138,7 +163,6 @@ class RecordedExperts:
     def __init__(self, tape: Tape, recorder: Recorder):
         self._tape = tape
         self._recorder = recorder
-        self._first_answer: torch.Tensor | None = None
 
     def begin(self) -> None:
         """Record the piece up to the first dispatch."""
@@ -148,8 +172,9 @@ class RecordedExperts:
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
     ) -> PendingExperts:
         """End the piece before a dispatch; what comes until the answer is a piece too."""
+        self._tape.exchange.put(hidden, expert_ids, expert_weights)
         self._end_piece()
-        self._tape.travels.append(Travel(layer, hidden, expert_ids, expert_weights))
+        self._tape.travels.append(Travel(layer))
         self._recorder.begin()
         return self
 
@@ -158,7 +183,7 @@ class RecordedExperts:
         travel = self._tape.travels[-1]
         travel.meanwhile = self._recorder.end()
         self._recorder.begin()
-        return self._tape.mixed
+        return self._tape.exchange.mixed
 
     def end(self, hidden: torch.Tensor) -> None:
         """End the last piece, whose result is `hidden`."""
@@ -181,16 +206,15 @@ class GraphedLanes:
         make_lane: MakeLane,
         routed: RoutedExperts,
         make_recorder: Callable[[], Recorder],
-        hidden_size: int,
         pages_levels: Sequence[int],
     ):
         """Steps are recorded for page tables of these widths, ascending."""
         self._make_lane = make_lane
         self._routed = routed
         self._make_recorder = make_recorder
-        self._hidden_size = hidden_size
         self._pages_levels = pages_levels
         self._recorders: dict[int, Recorder] = {}
+        self._exchanges: dict[int, Exchange] = {}
         self._tapes: dict[tuple[int, int, int], Tape] = {}
 
     def lane(self, number: int, inputs: StepInputs) -> Lane:
@@ -203,7 +227,10 @@ class GraphedLanes:
         return tape.play(inputs, self._routed)
 
     def prepare(self, sizes: Iterable[tuple[int, int]], device: torch.device) -> bool:
-        """Record lanes of some (number, rows); whether all could be. Others are computed as they come."""
+        """Record lanes of some (number, rows); whether all could be. Others are computed as they come.
+
+        The largest should come first: it makes room for all.
+        """
         for number, rows in sizes:
             if number not in self._recorders:
                 self._recorders[number] = self._make_recorder()
@@ -220,19 +247,21 @@ class GraphedLanes:
 
     def _record(self, number: int, rows: int, pages_count: int, device: torch.device) -> Tape:
         inputs = StepInputs.blank(rows, pages_count, device)
-        tape = Tape(inputs, torch.zeros(rows, self._hidden_size, device=device))
-        piecewise = RecordedExperts(tape, self._recorders[number])
+        rehearsal = Rehearsal()
         is_whole = self._routed.is_recordable
-        run_through(self._make_lane(inputs, self._routed if is_whole else Rehearsal()))
+        run_lanes([self._make_lane(inputs, self._routed if is_whole else rehearsal)])
+        tape = Tape(inputs, self._shared(number, rows, rehearsal.exchange))
+        piecewise = RecordedExperts(tape, self._recorders[number])
         piecewise.begin()
-        piecewise.end(run_through(self._make_lane(inputs, self._routed if is_whole else piecewise)))
+        [hidden] = run_lanes([self._make_lane(inputs, self._routed if is_whole else piecewise)])
+        piecewise.end(hidden)
         return tape
 
-
-def run_through(lane: Lane) -> torch.Tensor:
-    """What a lane returns, without a pause."""
-    while True:
-        try:
-            next(lane)
-        except StopIteration as finished:
-            return finished.value
+    def _shared(self, number: int, rows: int, exchange: Exchange | None) -> Exchange | None:
+        """What all sizes of a lane share, of which one runs at a time; `exchange` itself if it is larger."""
+        if exchange is None:
+            return None
+        largest = self._exchanges.get(number)
+        if largest is None or len(largest.hidden) < rows:
+            self._exchanges[number] = exchange
+        return self._exchanges[number].rows(rows)

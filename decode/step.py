@@ -37,8 +37,7 @@ class DecodeStep:
             # what is beyond a request's own pages costs attention next to nothing
             longest = min(pages_for(transformer.config.positions_max), cache.pool.pages_count)
             levels = sorted({min(SHORT_PAGES, longest), longest})
-            hidden_size = transformer.config.hidden_size
-            self._graphs = GraphedLanes(self._lane_of, transformer.routed, make_recorder, hidden_size, levels)
+            self._graphs = GraphedLanes(self._lane_of, transformer.routed, make_recorder, levels)
 
     @torch.inference_mode()
     def prepare(self, batches: Iterable[int]) -> bool:

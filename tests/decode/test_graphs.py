@@ -5,14 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from decode.graphs import (
-    CudaRecorder,
-    GraphedLanes,
-    RecordedExperts,
-    RecordingStuck,
-    Rehearsal,
-    run_through,
-)
+from decode.graphs import CudaRecorder, GraphedLanes, RecordedExperts, RecordingStuck
 from decode.messages import ReservePages, SamplingParameters
 from decode.request import DecodeRequest
 from decode.step import DecodeStep, lane_sizes
@@ -20,6 +13,7 @@ from decode.step_inputs import StepInputs, bucket_of
 from experts.local import LocalExperts
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PAGE_TOKENS, pages_for
+from kernels.model.transformer import run_lanes
 from kernels.ops.backend import kernels_forced
 from tests.decode.replaying import ReplayingRecorder
 
@@ -34,10 +28,12 @@ class Afar:
     def __init__(self, experts: LocalExperts):
         self.experts = experts
         self.tokens_counts: list[int] = []
+        self.places: set[tuple[int, ...]] = set()
 
     def dispatch(self, layer, hidden, expert_ids, expert_weights):
         """As the socket has it."""
         self.tokens_counts.append(len(hidden))
+        self.places.add(tuple(part.data_ptr() for part in (hidden, expert_ids, expert_weights)))
         return self.experts.dispatch(layer, hidden.clone(), expert_ids.clone(), expert_weights.clone())
 
 
@@ -92,8 +88,10 @@ def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache):
         recorded._graphs.prepare([(1, 4), (0, 4)], plugged.device)
         requests = drawn_requests(cache, *range(40, 48))
         expected = plain.run(requests)
+        plugged.routed.places.clear()
         assert torch.equal(recorded.run(requests), expected)
         assert torch.equal(recorded.run(requests), expected)
+    assert len(plugged.routed.places) == 2, "all layers of a lane leave from one place"
 
 
 def test_steps_of_every_size_are_recorded_before_the_first_request(transformer, cache):
@@ -104,6 +102,8 @@ def test_steps_of_every_size_are_recorded_before_the_first_request(transformer, 
     levels = min(PAGES_COUNT, pages_for(transformer.config.positions_max))
     assert sorted(recorded._graphs._tapes) == [(0, rows, levels) for rows in (1, 2)]
     assert torch.equal(cache.latents, before), "nobody's latents are written nowhere"
+    tapes = recorded._graphs._tapes.values()
+    assert len({tape.exchange.hidden.data_ptr() for tape in tapes}) == 1, "sizes that never run at once share"
 
 
 def test_sizes_are_those_that_lanes_can_have():
@@ -135,7 +135,7 @@ class Counting:
 
 def one_layer(inputs, routed):
     """A lane that goes to experts once."""
-    pending = routed.dispatch(0, inputs.token_ids[:, None].float(), inputs.pages, inputs.lengths)
+    pending = routed.dispatch(0, inputs.token_ids[:, None].float(), inputs.positions, inputs.lengths)
     yield
     return pending.combine()
 
@@ -147,17 +147,18 @@ class Doubling:
 
     def dispatch(self, layer, hidden, expert_ids, expert_weights):
         """As the socket has it."""
-        return Rehearsal(2 * hidden)
+        return SimpleNamespace(combine=lambda: 2 * hidden)
 
 
 def test_what_cannot_be_recorded_is_computed_as_it_comes():
     recorder = Counting(fails_from=5)
-    graphs = GraphedLanes(one_layer, Doubling(), lambda: recorder, 1, (16, 64))
+    graphs = GraphedLanes(one_layer, Doubling(), lambda: recorder, (16, 64))
     assert not graphs.prepare([(0, 4), (0, 2)], torch.device("cpu"))
     assert list(graphs._tapes) == [(0, 4, 16)] and recorder.abandoned_count == 1
     inputs = StepInputs.blank(2, 3, torch.device("cpu"))
     inputs.token_ids.fill_(7)
-    assert run_through(graphs.lane(0, inputs)).tolist() == [[14.0], [14.0]]
+    [doubled] = run_lanes([graphs.lane(0, inputs)])
+    assert doubled.tolist() == [[14.0], [14.0]]
 
 
 class Recording:
@@ -197,18 +198,18 @@ def recording(monkeypatch) -> type[Recording]:
 @pytest.mark.parametrize("lane", [one_layer, failing_layer])
 def test_a_recording_that_cannot_be_left_ends_the_node(recording, monkeypatch, lane):
     monkeypatch.setattr(recording, "can_be_left", False)
-    graphs = GraphedLanes(lane, Doubling(), CudaRecorder, 1, (16,))
+    graphs = GraphedLanes(lane, Doubling(), CudaRecorder, (16,))
     with pytest.raises(RecordingStuck, match=r"decode\.latents_bytes"):
         graphs.prepare([(0, 4)], torch.device("cpu"))
 
 
 def test_a_recording_that_can_be_left_ends_nobody(recording):
-    graphs = GraphedLanes(failing_layer, Doubling(), CudaRecorder, 1, (16,))
+    graphs = GraphedLanes(failing_layer, Doubling(), CudaRecorder, (16,))
     assert not graphs.prepare([(0, 4)], torch.device("cpu"))
 
 
 def test_longer_tables_go_by_the_next_level_and_the_longest_by_none():
-    graphs = GraphedLanes(one_layer, Doubling(), Counting, 1, (16, 64))
+    graphs = GraphedLanes(one_layer, Doubling(), Counting, (16, 64))
     graphs.prepare([(0, 2)], torch.device("cpu"))
     played = [
         graphs.lane(0, StepInputs.blank(2, width, torch.device("cpu"))).gi_code.co_name
@@ -225,12 +226,3 @@ def test_what_fills_a_size_is_written_nowhere():
     wide.fill(StepInputs(ones[:1] * 9, ones[:1], ones[:1], torch.full((1, 3), 7).int(), ones[:1].int()))
     assert wide.token_ids.tolist() == [9] * 4 and wide.slots.tolist() == [1, -1, -1, -1]
     assert wide.pages[:, :3].eq(7).all()
-
-
-def test_run_through_returns_what_the_lane_does():
-    def lane():
-        yield
-        yield
-        return torch.ones(1)
-
-    assert run_through(lane()).item() == 1
