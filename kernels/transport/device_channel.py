@@ -55,11 +55,11 @@ class DeviceChannel(DeviceWire):
             return
         with self._sending:
             self._check_room()
-            self._transfers.announce(pieces, after)  # before the peer can answer
+            transfer = self._transfers.announce(pieces, after)  # before the peer can answer
             try:
                 super().send(kind, wrapped, views)
             except Exception:
-                self._transfers.retract()
+                self._transfers.retract(transfer)
                 raise
         self._mind()
         self._stirred.set()

@@ -54,9 +54,10 @@ class TransferQueue:
         self._transfers.append(transfer)
         self.size_bytes += transfer.size_bytes
 
-    def retract(self) -> None:
-        """Take back the newest: its header did not go."""
-        self._remove(self._transfers[-1])
+    def retract(self, transfer: Transfer) -> None:
+        """Take one back whose header did not go, unless the end of the channel was quicker."""
+        if transfer in self._transfers:
+            self._remove(transfer)
 
     def taken(self, peer_sizes: Sequence[int]) -> None:
         """The peer is ready for the oldest that it has not answered; raises ValueError for no such one."""

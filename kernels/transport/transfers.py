@@ -55,15 +55,17 @@ class Transfers:
         self.link.open(confirmed, tell)
         self.opened = True
 
-    def announce(self, pieces: Sequence[torch.Tensor], after: Any) -> None:
+    def announce(self, pieces: Sequence[torch.Tensor], after: Any) -> Transfer:
         """Have these sent once the peer has taken them."""
+        transfer = Transfer(pieces, sum(piece.nbytes for piece in pieces), after)
         with self._lock:
-            self._outgoing.announce(Transfer(pieces, sum(piece.nbytes for piece in pieces), after))
+            self._outgoing.announce(transfer)
+        return transfer
 
-    def retract(self) -> None:
-        """Take back what was announced last, before the peer could hear of it."""
+    def retract(self, transfer: Transfer) -> None:
+        """Take back what was announced, before the peer could hear of it."""
         with self._lock:
-            self._outgoing.retract()
+            self._outgoing.retract(transfer)
 
     def taken(self, sizes: Sequence[int]) -> None:
         """The peer is ready to receive the next in tensors of these sizes; raises ValueError."""
@@ -142,5 +144,6 @@ class Transfers:
         if posted is None or not posted.work.is_done():
             return False
         with self._lock:
-            queue.completed()
+            if queue.posted is posted:  # else an abort let go of it meanwhile
+                queue.completed()
         return True

@@ -362,6 +362,19 @@ def test_a_peer_that_dies_before_it_takes_what_was_announced_is_gone(pair):
     fails(ChannelClosed, lambda: pair.here.flush(WAIT_S), lambda: pair.here.send("more", None, [numbers(5)]))
 
 
+def test_who_sends_as_the_channel_ends_hears_of_the_end(pair, monkeypatch):
+    send = StreamChannel.send
+
+    def end_first(channel: StreamChannel, kind: str, *rest: object) -> None:
+        if kind == "late":  # announced, and not yet on its way
+            channel.close()
+        send(channel, kind, *rest)
+
+    eventually(lambda: sent(pair.here).opened)
+    monkeypatch.setattr(StreamChannel, "send", end_first)
+    fails(ChannelClosed, lambda: pair.here.send("late", None, [numbers(5)]))
+
+
 def test_a_peer_that_dies_after_it_took_all_is_no_loss(pair):
     pair.here.send("last", None, [numbers(5)])
     pair.there.receive(WAIT_S)

@@ -82,9 +82,10 @@ def test_what_will_never_be_answered_is_dropped_and_the_rest_kept():
     assert queue.post(0.0) is first
 
 
-def test_the_newest_can_be_taken_back():
-    queue, (first, _) = queue_of(1, 2)
-    queue.retract()
+def test_one_can_be_taken_back_and_is_not_missed_where_it_has_gone():
+    queue, (first, second) = queue_of(1, 2)
+    queue.retract(second)
+    queue.retract(second)
     assert (len(queue), queue.size_bytes) == (1, 1)
     queue.taken([1])
     assert queue.post(0.0) is first
