@@ -83,11 +83,13 @@ class Client:
     ) -> AsyncIterator[Admitted | Delta | Finished]:
         """Stream a generation; raises TriviumError. Leaving the loop early cancels the request."""
         call = self._stub.Generate(as_message(request), timeout=timeout_s, metadata=self._metadata)
+        has_begun = False
         try:
             async for response in call:
+                has_begun = True
                 yield read_response(response)
         except grpc.aio.AioRpcError as error:
-            raise_typed(error, self._address)
+            raise_typed(error, self._address, has_begun)
         finally:
             call.cancel()
 
@@ -183,16 +185,11 @@ def read_response(response: trivium_pb2.GenerateResponse) -> Admitted | Delta | 
     )
 
 
-def raise_typed(error: grpc.aio.AioRpcError, address: str = "") -> NoReturn:
-    """Raise the TriviumError that the server meant, with its field, limit and remedy."""
+def raise_typed(error: grpc.aio.AioRpcError, address: str, has_begun: bool = False) -> NoReturn:
+    """Raise the TriviumError that the server meant, or else what the transport's own failure means."""
     info, retry_after_s = read_details(error)
     if error.code() is grpc.StatusCode.UNAVAILABLE and info is None:
-        raise NodeUnavailable(
-            reason="NO_SERVER",
-            message=f"nobody answers at {address or 'this address'}",
-            field="address",
-            remedy="Start a cluster with `trivium serve`, or name another --address.",
-        ) from error
+        raise unreached(error.details(), address, has_begun) from error
     made = ERRORS.get(error.code().name, TriviumError)
     fields = dict(info.metadata) if info is not None else {}
     raise made(
@@ -203,6 +200,23 @@ def raise_typed(error: grpc.aio.AioRpcError, address: str = "") -> NoReturn:
         remedy=fields.get("remedy"),
         retry_after_s=retry_after_s,
     ) from error
+
+
+def unreached(details: str | None, address: str, has_begun: bool) -> NodeUnavailable:
+    """What is told where no gateway has spoken, or the one that spoke has gone."""
+    details = (details or "the transport does not say why").rstrip(".")
+    if has_begun:
+        return NodeUnavailable(
+            reason="STREAM_BROKEN",
+            message=f"the gateway went away in the midst of the stream: {details}",
+            remedy="Send the request again.",
+        )
+    return NodeUnavailable(
+        reason="NO_SERVER",
+        message=f"nobody answers at {address}: {details}",
+        field="address",
+        remedy="Start a cluster with `trivium serve`, or name another --address.",
+    )
 
 
 def read_details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:

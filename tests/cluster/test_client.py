@@ -9,9 +9,10 @@ from grpc.aio import Metadata
 from rich.console import Console
 
 from cluster import gateway_messages as wire
-from cluster.client import Admitted, Delta, Finished, as_message, raise_typed, read_response
+from cluster.client import Admitted, Client, Delta, Finished, as_message, raise_typed, read_response
 from cluster.errors import DeadlinePassed, InvalidRequest, NodeUnavailable, Overloaded, TriviumError
 from cluster.gateway_status import to_rpc_status
+from cluster.proto import trivium_pb2_grpc
 from cluster.requests import as_json, error_values, from_json, read_token_ids
 from cluster.show import as_cell, collect, printable, stream_to_screen, summary
 from cluster.validation import RequestedGeneration, RequestedSampling
@@ -46,7 +47,7 @@ def shown(*events) -> str:
 def test_errors_come_back_as_they_were():
     sent = Overloaded("TOO_MANY", "too many", "gateway.x", "4", "Wait.", retry_after_s=1.5)
     with pytest.raises(Overloaded) as caught:
-        raise_typed(call_error(grpc.StatusCode.RESOURCE_EXHAUSTED, sent))
+        raise_typed(call_error(grpc.StatusCode.RESOURCE_EXHAUSTED, sent), "a:1")
     assert vars(caught.value) == vars(sent)
 
 
@@ -61,8 +62,45 @@ def test_errors_come_back_as_they_were():
 )
 def test_errors_without_details(code, kind):
     with pytest.raises(TriviumError) as caught:
-        raise_typed(call_error(code))
+        raise_typed(call_error(code), "a:1")
     assert type(caught.value) is kind
+
+
+def test_nobody_there_and_a_stream_that_breaks_are_told_apart():
+    lost = call_error(grpc.StatusCode.UNAVAILABLE)
+    with pytest.raises(NodeUnavailable) as caught:
+        raise_typed(lost, "a:1")
+    assert caught.value.reason == "NO_SERVER"
+    assert "a:1" in caught.value.message and "said by gRPC" in caught.value.message
+    with pytest.raises(NodeUnavailable) as caught:
+        raise_typed(lost, "a:1", has_begun=True)
+    assert caught.value.reason == "STREAM_BROKEN" and "again" in caught.value.remedy
+    with pytest.raises(NodeUnavailable) as caught:
+        sent = NodeUnavailable("NODE_LOST", "lost")
+        raise_typed(call_error(grpc.StatusCode.UNAVAILABLE, sent), "a:1", has_begun=True)
+    assert caught.value.reason == "NODE_LOST"
+
+
+def test_a_gateway_that_goes_away_in_the_midst_of_a_stream():
+    class Leaving(trivium_pb2_grpc.InferenceServicer):
+        async def Generate(self, request, context):
+            await context.write(wire.admitted("r", 3, 1))
+            await server.stop(0)
+
+    async def run() -> None:
+        nonlocal server
+        server = grpc.aio.server()
+        trivium_pb2_grpc.add_InferenceServicer_to_server(Leaving(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with Client(f"127.0.0.1:{port}") as client:
+            with pytest.raises(NodeUnavailable) as caught:
+                async for _ in client.generate(RequestedGeneration(token_ids=(1,)), 10.0):
+                    pass
+            assert caught.value.reason == "STREAM_BROKEN"
+
+    server = None
+    asyncio.run(run())
 
 
 def test_responses_become_values():

@@ -72,7 +72,7 @@ def test_a_client_may_await_another_name_than_that_in_the_address(tmp_path, monk
     """As through a port that is forwarded to this host."""
     files = make_certificate(tmp_path, "DNS:gateway.example")
     monkeypatch.setenv(TRUSTED_FILE, str(files[0]))
-    with pytest.raises(NodeUnavailable):
+    with pytest.raises(NodeUnavailable, match="Hostname Verification"):
         asyncio.run(requests_at(files, "grpcs://"))
     monkeypatch.setenv(SHOWN_NAME, "gateway.example")
     assert asyncio.run(requests_at(files, "grpcs://")) == 0

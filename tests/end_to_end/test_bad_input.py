@@ -88,7 +88,7 @@ def test_a_message_of_100_mb(address):
                 async for _ in stub.Generate(trivium_pb2.GenerateRequest(text="x" * HUNDRED_MB)):
                     pass
             except grpc.aio.AioRpcError as error:
-                raise_typed(error)
+                raise_typed(error, address)
 
     with pytest.raises(InvalidRequest) as caught:
         asyncio.run(send())
