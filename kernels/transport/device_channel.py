@@ -159,5 +159,5 @@ class DeviceChannel(DeviceWire):
             raise ChannelClosed("the peer went away")
         waiting_bytes = self._transfers.unsent_bytes
         if waiting_bytes > self.pending_bytes_max:
-            self._end()
+            self.end()
             raise ChannelStalled(f"{waiting_bytes} bytes on the device wait for {self.peer or 'the peer'}")

@@ -10,6 +10,7 @@ watchdog ends the channel when one takes too long or the link reports an error, 
 import contextlib
 import enum
 import logging
+import math
 import select
 import socket
 import threading
@@ -92,6 +93,7 @@ class DeviceWire(StreamChannel):
         self._ending_s = 0.0
         self._unanswered = False  # whether anything announced will never be answered
         self._failure: ChannelError | None = None
+        self._over_s = math.inf
         self._stirred, self._over, self._quiet = threading.Event(), threading.Event(), threading.Event()
         self._quiet.set()
         self._threads: list[threading.Thread] = []
@@ -135,10 +137,19 @@ class DeviceWire(StreamChannel):
         """Whether no GPU touches memory of a transfer: none is under way, or the link has been aborted."""
         return self._quiet.is_set() or not self._transfers.moving
 
+    @property
+    def closes_at_once(self) -> bool:
+        """Whether no GPU touches memory of a transfer any more, or all have had their time to let go."""
+        return self.is_quiet or self._quiet_left_s <= 0
+
+    @property
+    def _quiet_left_s(self) -> float:
+        return self._over_s + QUIET_WAIT_S - time.monotonic()
+
     def close(self) -> None:
         """End the channel, and wait for GPUs to let go of the memory of transfers under way.
 
-        Where they do not in time, it returns nevertheless, and the channel is not quiet.
+        Where they do not within a time that began with the end, it returns, and the channel is not quiet.
         """
         super().close()
         with self._reading:
@@ -146,7 +157,7 @@ class DeviceWire(StreamChannel):
         if not self._threads:
             self._link.abort()
         elif self._transfers.moving and threading.current_thread() not in self._threads:
-            self._quiet.wait(QUIET_WAIT_S)
+            self._quiet.wait(max(self._quiet_left_s, 0))
 
     def _check_open(self) -> None:
         if self._failure is not None:  # for who sends it is an end, whatever the peer has done wrong
@@ -173,6 +184,7 @@ class DeviceWire(StreamChannel):
     def _end_locked(self) -> bool:
         if not super()._end_locked():
             return False
+        self._over_s = time.monotonic()
         self._over.set()
         self._stirred.set()
         self._bell.ring()
@@ -342,6 +354,7 @@ class DeviceWire(StreamChannel):
                 self._fail(error)
         if self._transfers.abort():
             self._quiet.set()
+            self._tell_change()
         else:
             logger.error("the link to %s could not be aborted; its memory stays taken", self.peer or "a peer")
 
@@ -363,7 +376,7 @@ class DeviceWire(StreamChannel):
                 return
             self._failure = error
         logger.warning("the channel to %s failed: %s: %s", self.peer or "a peer", type(error).__name__, error)
-        self._end()
+        self.end()
 
 
 def is_sizes(sizes: Sequence[Any]) -> bool:

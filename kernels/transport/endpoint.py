@@ -47,7 +47,8 @@ class Endpoint:
     A peer that breaks the protocol loses its channel and nothing else; a peer that falls silent inside
     a frame for `stall_s` is dropped, one that has not said hello in that time likewise. The callbacks run in
     the thread that polls, one at a time: `on_frame` may raise a FrameError to have the peer dropped, and
-    `on_closed` is told of every channel that ended, by whichever side, before the endpoint itself did.
+    `on_closed` is told of every channel that ended, by whichever side, before the endpoint itself did, once
+    GPUs have let go of the channel's memory or had the time to.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class Endpoint:
         self._selector.register(self._wake_in, READ, self._drain_wakes)
         self._channels: set[StreamChannel] = set()
         self._joining: deque[StreamChannel] = deque()
-        self._blocked: set[StreamChannel] = set()  # filled by sending threads, emptied by the polling one
+        self._changed: set[StreamChannel] = set()  # filled by other threads, emptied by the polling one
+        self._ended: set[StreamChannel] = set()  # whose memory GPUs may still touch
         self._thread: threading.Thread | None = None
         self._turn = threading.RLock()  # held to poll or to tear down
         self._gate = threading.Lock()  # held to wake or join, so that neither meets an endpoint torn down
@@ -147,7 +149,8 @@ class Endpoint:
 
     def _take_turn(self, timeout_s: float) -> None:
         self._watch_joining()
-        self._watch_blocked()
+        self._watch_changed()
+        self._close_ended()
         for key, events in self._selector.select(timeout_s):
             if self._closing:
                 return
@@ -165,9 +168,10 @@ class Endpoint:
             self._torn_down = True
             self._wake_in.close()
             self._wake_out.close()
-            ended = [*self._channels, *self._joining]
+            ended = [*self._channels, *self._joining, *self._ended]
             self._joining.clear()
         self._channels.clear()
+        self._ended.clear()
         self._selector.close()
         self._listener.close()
         for channel in ended:
@@ -188,7 +192,7 @@ class Endpoint:
     def _adopt(self, channel: StreamChannel) -> bool:
         """Take a channel on; False, and the channel released, where the endpoint is closing."""
         try:
-            channel.watch(functools.partial(self._on_blocked, channel))
+            channel.watch(functools.partial(self._on_change, channel))
         except ChannelError:  # its end came first
             channel.close()
             raise
@@ -215,14 +219,14 @@ class Endpoint:
 
     # who sends
 
-    def _on_blocked(self, channel: StreamChannel) -> None:
-        self._blocked.add(channel)
+    def _on_change(self, channel: StreamChannel) -> None:
+        self._changed.add(channel)
         self.wake()
 
-    def _watch_blocked(self) -> None:
+    def _watch_changed(self) -> None:
         """Wait for room on channels that have bytes to send, until they have none."""
-        while self._blocked:
-            channel = self._blocked.pop()
+        while self._changed:
+            channel = self._changed.pop()
             if channel in self._channels:
                 self._selector.modify(channel, READ | (WRITE if channel.has_pending else 0), channel)
 
@@ -232,7 +236,7 @@ class Endpoint:
         except ChannelClosed:
             done = True  # what the peer said before it went is still read, up to its end
         if done:
-            self._blocked.add(channel)
+            self._changed.add(channel)
 
     def _drain_wakes(self) -> None:
         try:
@@ -290,7 +294,19 @@ class Endpoint:
             return  # the endpoint was closed by the callback
         self._channels.remove(channel)
         self._selector.unregister(channel)
-        channel.release()
+        channel.end()
+        self._ended.add(channel)
+        self._close_ended()
+
+    def _close_ended(self) -> None:
+        """Close the channels that have ended, each once no other has to wait for it."""
+        for channel in list(self._ended):
+            if channel in self._ended and channel.closes_at_once:  # a callback may close the endpoint
+                self._ended.remove(channel)
+                channel.release()
+                self._tell_closed(channel)
+
+    def _tell_closed(self, channel: StreamChannel) -> None:
         if self._on_closed is None or not channel.peer:
             return
         try:

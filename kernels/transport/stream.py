@@ -132,6 +132,8 @@ class StreamChannel:
 
     carries_tensors = False
     is_quiet = True
+    closes_at_once = True
+    """Whether `close` waits for nobody any more."""
     joined_s = 0.0
     """When the GPUs of both ends were joined; now while they are, 0 before the peer agrees, or without."""
 
@@ -147,7 +149,7 @@ class StreamChannel:
         self._lock = threading.Lock()
         self._pending: deque[memoryview] = deque()
         self._pending_bytes = 0
-        self._on_blocked: Callable[[], None] | None = None
+        self._on_change: Callable[[], None] | None = None
         self._users_count = 0
         self._peer_deaf = False
         self._ended = False
@@ -167,9 +169,8 @@ class StreamChannel:
                 self._end_locked()
         if stalled:
             raise ChannelStalled(f"{left} bytes wait for {self.peer or 'the peer'}; it has stopped reading")
-        on_blocked = self._on_blocked
-        if left and on_blocked is not None:
-            on_blocked()
+        if left:
+            self._tell_change()
 
     def push(self) -> bool:
         """Send what the peer takes now; True when nothing is left to send; raises ChannelClosed."""
@@ -190,7 +191,7 @@ class StreamChannel:
         try:
             return self._next_frame(choose_buffers)
         except Exception as error:  # whatever it is, the place in the stream is lost
-            if self._end():
+            if self.end():
                 raise
             raise ChannelClosed("the channel was closed while it was read") from error
         finally:
@@ -225,17 +226,22 @@ class StreamChannel:
         """Descriptor of the socket, also after an error; -1 once closed."""
         return self._sock.fileno()
 
-    def watch(self, on_blocked: Callable[[], None]) -> None:
-        """Let an endpoint use the descriptor until `release`, and hear of what is not taken at once."""
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Let an endpoint use the descriptor until `release`, and hear of bytes not taken, and of quiet."""
         self._hold()
-        self._on_blocked = on_blocked
+        self._on_change = on_change
 
     def release(self) -> None:
         """Close a channel that an endpoint has stopped watching."""
-        if self._on_blocked is not None:
-            self._on_blocked = None
+        if self._on_change is not None:
+            self._on_change = None
             self._let_go()
         self.close()
+
+    def end(self) -> bool:
+        """Send and receive no more, from now on; `close` is yet to come; False where that had been done."""
+        with self._lock:
+            return self._end_locked()
 
     def close(self) -> None:
         """End the channel; what still waits to be sent is dropped, and who waits for a frame is woken."""
@@ -263,9 +269,10 @@ class StreamChannel:
             if self._closed and self._users_count == 0:
                 self._close_descriptors()
 
-    def _end(self) -> bool:
-        with self._lock:
-            return self._end_locked()
+    def _tell_change(self) -> None:
+        on_change = self._on_change
+        if on_change is not None:
+            on_change()
 
     def _end_locked(self) -> bool:
         """Let go of what waits and wake every waiter; False where that had been done."""

@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Behaviour:
     """Posting raises."""
     posting_hangs: bool = False
     aborting_fails: bool = False
+    on_abort: Callable[[], object] = bool
+    """Called before anything is aborted; may wait."""
 
 
 @dataclass(eq=False)
@@ -130,6 +132,7 @@ class StandInLink:
             raise DeviceTransferFailed("the stand-in broke")
 
     def abort(self) -> bool:
+        self.behaviour.on_abort()
         if self.joint is not None:
             self.joint.both.abort()
             with self.joint.lock:

@@ -595,6 +595,54 @@ def test_an_endpoint_is_told_of_the_end_only_when_the_memory_is_free(behaviour):
         assert ended == [True]
 
 
+def test_the_end_of_a_channel_that_takes_long_keeps_no_other_waiting(behaviour):
+    behaviour.delay_s = 3600
+    may_abort, ended, frames = threading.Event(), [], []
+    there = Endpoint(
+        "nccl://127.0.0.1:0",
+        SECRET,
+        "there",
+        lambda channel, frame: frames.append(frame.kind),
+        on_closed=lambda channel: ended.append((channel.peer, channel.is_quiet)),
+    )
+    with contextlib.closing(there):
+        there.start()
+        first, second = (connect(there.address, SECRET, name) for name in ("first", "second"))
+        with contextlib.closing(first), contextlib.closing(second):
+            first.send("never whole", None, [numbers(5)])
+            eventually(lambda: sent(first).sends_count)
+            behaviour.on_abort = lambda: may_abort.wait(WAIT_S)
+            first.end()
+            eventually(lambda: any(channel.peer == "first" for channel in there._ended))
+            second.send("meanwhile")
+            eventually(lambda: frames)
+            assert (frames, ended) == (["meanwhile"], [])
+            may_abort.set()
+            eventually(lambda: ended)
+            assert ended == [("first", True)]
+
+
+def test_a_channel_that_never_becomes_quiet_is_closed_after_a_while(behaviour, monkeypatch, caplog):
+    monkeypatch.setattr(device_wire, "QUIET_WAIT_S", 0.1)
+    behaviour.delay_s, behaviour.aborting_fails = 3600, True
+    ended = []
+    there = Endpoint(
+        "nccl://127.0.0.1:0",
+        SECRET,
+        "there",
+        lambda *_: None,
+        on_closed=lambda channel: ended.append((channel.is_quiet, channel.fileno())),
+        stall_s=SOON_S,
+    )
+    with contextlib.closing(there), contextlib.closing(connect(there.address, SECRET, "here")) as here:
+        there.start()
+        here.send("never whole", None, [numbers(5)])
+        eventually(lambda: sent(here).sends_count)
+        here.end()
+        eventually(lambda: ended)
+        assert ended == [(False, -1)]
+
+
 def test_an_idle_channel_uses_no_time(pair):
     eventually(lambda: sent(pair.here).opened and sent(pair.there).opened)
     turns = []
