@@ -27,7 +27,7 @@ from cluster.errors import InvalidConfig, TriviumError
 from cluster.gateway_report import GatewayReport
 from cluster.membership import READY, View
 from cluster.model_folder import open_checkpoint
-from cluster.place import make_place
+from cluster.place import check_shards, make_place, shards_bounds
 from cluster.show import cluster_table, stream_to_screen
 from cluster.stats_line import stats_line
 from cluster.tls import server_credentials
@@ -121,17 +121,9 @@ def incomplete(view: View, config: ClusterConfig) -> set[str]:
 
 
 def check_model(config: ClusterConfig) -> None:
-    """Read the model's headers once before anything is started; raises InvalidModel."""
+    """Read the model's headers once before anything is started; raises InvalidModel or InvalidConfig."""
     checkpoint = open_checkpoint(config.model.folder)
-    shards, experts = config.experts.shards_count, checkpoint.config.routed_experts_count
-    if checkpoint.config.moe_layers and shards > experts:
-        raise InvalidConfig(
-            reason="TOO_MANY_SHARDS",
-            message=f"{shards} shards cannot share {experts} experts",
-            field="experts.shards_count",
-            limit=str(experts),
-            remedy="Ask for fewer shards.",
-        )
+    check_shards(config, shards_bounds(checkpoint.config, config))
     for notice in checkpoint.notices:
         console.print(f"[yellow]note[/] {escape(notice)}")
 

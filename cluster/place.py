@@ -97,8 +97,26 @@ def shards_have_gpus(config: ClusterConfig) -> bool:
     return config.model.device == "cuda"
 
 
-def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> AutoscalerConfig:
-    """Between which counts pools move, and why; fewer shards than needed cannot hold the experts."""
+def check_shards(config: ClusterConfig, bounds: tuple[int, int]) -> None:
+    """Raises InvalidConfig where the experts would not fit on so many shards, or there are too few of them."""
+    (least, most), section = bounds, config.experts
+    wanted = (("experts.shards_count", section.shards_count), ("experts.shards_max", section.shards_max))
+    for key, count in wanted:
+        if count is not None and not least <= count <= most:
+            raise InvalidConfig(
+                reason="WRONG_SHARDS_COUNT",
+                message=f"{count} shards cannot hold the experts as the configuration wants them",
+                field=key,
+                limit=f"{least} to {most}",
+                remedy="Ask for a count within the limit, or change experts.weights_bytes or replicas_min.",
+            )
+
+
+def autoscaler_config(
+    config: ClusterConfig, shards_bounds: tuple[int, int] = (1, ACTORS_MAX)
+) -> AutoscalerConfig:
+    """Between which counts pools move, and why; raises InvalidConfig for shards outside of their bounds."""
+    check_shards(config, shards_bounds)
     section, gateways, experts = config.autoscaler, config.gateway.count, config.experts
     pools = (
         PoolLimits("gateway", gateways, 1, ACTORS_MAX),
@@ -107,7 +125,7 @@ def autoscaler_config(config: ClusterConfig, shards_needed_count: int = 1) -> Au
         PoolLimits(
             "experts",
             experts.shards_count,
-            max(experts.shards_min or experts.shards_count, shards_needed_count),
+            max(experts.shards_min or experts.shards_count, shards_bounds[0]),
             experts.shards_max or experts.shards_count,
         ),
     )

@@ -28,7 +28,7 @@ class Scaler:
         self, config: ClusterConfig, membership: Membership, window: Any, shards_bounds: tuple[int, int]
     ):
         """`window.dashboard()` tells where Ray's dashboard server is; shards lie within their bounds."""
-        self.autoscaler = Autoscaler(autoscaler_config(config, shards_bounds[0]))
+        self.autoscaler = Autoscaler(autoscaler_config(config, shards_bounds))
         self._begun_s = time.monotonic()
         self._period_s = config.autoscaler.period_s
         self._membership = membership

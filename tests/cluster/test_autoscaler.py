@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.autoscaler import DASHBOARD, STUCK_S, Autoscaler
 from cluster.config import ClusterConfig
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidConfig, InvalidRequest
 from cluster.place import autoscaler_config
 from cluster.pressure import pressures
 from cluster.scaled_pool import OBEYED_S
@@ -599,3 +599,23 @@ def test_the_configuration_says_the_limits():
     built = autoscaler_config(config)
     assert next(pool for pool in built.pools if pool.kind == "decode") == PoolLimits("decode", 3, 1, 5)
     assert built.is_enabled is False
+
+
+@pytest.mark.parametrize(
+    ("experts", "field"),
+    [
+        ({"shards_count": 4}, "experts.shards_count"),
+        ({"shards_count": 6, "shards_max": 9}, "experts.shards_max"),
+        ({"shards_count": 5, "shards_max": 8}, ""),
+    ],
+)
+def test_a_pool_of_shards_that_would_swing_between_its_bounds_is_refused(experts: dict, field: str):
+    """Grown to what the experts need and shrunk to the most allowed, for ever."""
+    config = ClusterConfig.model_validate({"model": {"folder": "."}, "experts": experts})
+    if field:
+        with pytest.raises(InvalidConfig) as caught:
+            autoscaler_config(config, (5, 8))
+        assert (caught.value.field, caught.value.limit) == (field, "5 to 8")
+    else:
+        limits = autoscaler_config(config, (5, 8)).pools[-1]
+        assert (limits.count_min, limits.count, limits.count_max) == (5, 5, 8)

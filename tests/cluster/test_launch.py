@@ -125,9 +125,11 @@ def test_foreign_hosts_and_bad_models_are_told(monkeypatch):
         launch.check_port("203.0.113.1", 0, "gateway.port")
     with pytest.raises(InvalidModel):
         launch.check_model(config_of(model={"folder": "tests"}))
-    with pytest.raises(InvalidConfig) as caught:
-        launch.check_model(config_of(experts={"shards_count": 1000}))
-    assert caught.value.limit
+    launch.check_model(config_of(experts={"shards_count": 16}))
+    for experts in ({"shards_count": 17}, {"shards_max": 17}, {"shards_count": 2, "replicas_min": 3}):
+        with pytest.raises(InvalidConfig) as caught:
+            launch.check_model(config_of(experts=experts))
+        assert caught.value.limit in ("1 to 16", "3 to 16") and caught.value.remedy
 
 
 def test_once_greets_and_ends_with_0(ray, folders, monkeypatch):
