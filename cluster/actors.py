@@ -127,7 +127,7 @@ class ShardActor:
         self._has_layers = bool(checkpoint.config.moe_layers)
         address = place.tensors_address(self.name) or place.address(self.name)
         self.shard = ExpertShard(
-            ShardConfig(self.name, address, place.secret),
+            ShardConfig(self.name, address, place.secret, place.address(f"{self.name}-weights")),
             checkpoint,
             compute_dtype(place),
             device_of(place.config),

@@ -288,7 +288,10 @@ class Membership:
         shards = [shard for shard in shards if shard.name not in self.experts.laggards] or shards
         first = sorted(shards, key=lambda shard: (shard.name not in holding, shard.name))
         chosen = sorted(first[: self._model.routed_experts_count], key=lambda shard: shard.name)
-        return tuple(ShardAddress(shard.name, shard.address, shard.host) for shard in chosen)
+        return tuple(
+            ShardAddress(shard.name, shard.address, shard.host, shard.report.weights_address)
+            for shard in chosen
+        )
 
 
 def epoch_of(member: Member) -> int:

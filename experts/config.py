@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """One shard: its name in the cluster, where it listens, and the secret of the cluster's channels."""
+    """One shard: its name in the cluster, where it listens, and the secret of the cluster's channels.
+
+    At `weights_address` siblings fetch experts, whose bytes come from the host: no GPU is joined for them.
+    """
 
     name: str
     address: str
     secret: str
+    weights_address: str
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class ShardAddress:
     name: str
     address: str
     host: str = ""
+    weights_address: str = ""
+    """For siblings that fetch experts."""
 
 
 Homes = tuple[tuple[tuple[int, ...], ...], ...]
@@ -124,6 +126,7 @@ class ShardReport:
     """Slots computed for each MoE layer and expert since the shard began."""
     busy_s: float = 0.0
     """Seconds spent computing."""
+    weights_address: str = ""
 
 
 @dataclass(frozen=True)

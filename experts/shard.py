@@ -18,15 +18,12 @@ from experts.load import ExpertLoad
 from experts.messages import (
     COMBINE,
     DISPATCH,
-    FETCH,
     REFUSED,
-    WEIGHTS,
     DispatchHeader,
     Placement,
     ShardReport,
-    read_fetch,
 )
-from experts.siblings import Siblings, checksum, sources_of
+from experts.siblings import Giver, Siblings, sources_of
 from experts.weights import ExpertFormat, ExpertWeights, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.host_copies import HostCopies, brought, check_device
@@ -85,7 +82,8 @@ class ExpertShard:
         self._fetched_count = 0
         self._busy = BusyTime(self._device)
         self.spans = SpanLog()
-        self._endpoint = Endpoint(config.address, config.secret, config.name, self._on_frame)
+        self._endpoint = Endpoint(config.address, config.secret, config.name, self._take)
+        self._giver = Giver(config, lambda pair: self._holding.get(pair))
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -93,6 +91,11 @@ class ExpertShard:
     def address(self) -> str:
         """Where nodes connect."""
         return self._endpoint.address
+
+    @property
+    def weights_address(self) -> str:
+        """Where siblings fetch experts."""
+        return self._giver.endpoint.address
 
     @property
     def epoch(self) -> int:
@@ -174,9 +177,10 @@ class ExpertShard:
             self._holding = Holding(holding.epoch, holding.experts)
 
     def start(self) -> None:
-        """Serve in a thread of its own until closed."""
+        """Serve nodes in a thread of its own, and siblings in another, until closed."""
         self._thread = threading.Thread(target=self._run, name=f"{self.config.name}-compute", daemon=True)
         self._thread.start()
+        self._giver.endpoint.start()
 
     def step(self, timeout_s: float) -> int:
         """Take what comes within `timeout_s`, compute it layer by layer, and answer; how many dispatches."""
@@ -191,6 +195,9 @@ class ExpertShard:
 
     def report(self) -> ShardReport:
         """Numbers about this shard."""
+        refused_peers_count = sum(
+            one.counts.refused_peers_count for one in (self._endpoint, self._giver.endpoint)
+        )
         return ShardReport(
             name=self.config.name,
             address=self.address,
@@ -199,9 +206,10 @@ class ExpertShard:
             dispatches_count=self._dispatches_count,
             slots_count=self.load.slots_count,
             fetched_count=self._fetched_count,
-            refused_count=self._refused_count + self._endpoint.counts.refused_peers_count,
+            refused_count=self._refused_count + refused_peers_count,
             load=self.load.table(),
             busy_s=self._busy.seconds,
+            weights_address=self.weights_address,
         )
 
     def close(self) -> None:
@@ -210,7 +218,8 @@ class ExpertShard:
         self._endpoint.wake()
         if self._thread is not None:
             self._thread.join(timeout=5)
-        self._endpoint.close()
+        for endpoint in (self._endpoint, self._giver.endpoint):
+            endpoint.close()
 
     def _run(self) -> None:
         try:
@@ -236,30 +245,10 @@ class ExpertShard:
                 return
             os.sched_yield()  # to whoever has something to compute, where processes are more than cores
 
-    def _on_frame(self, channel: StreamChannel, frame: Frame) -> None:
-        if frame.kind == DISPATCH:
-            self._take(channel, frame)
-        elif frame.kind == FETCH:
-            self._give(channel, frame)
-        else:
-            raise FrameMalformed(f"a shard takes no {frame.kind!r:.40}")
-
-    def _give(self, channel: StreamChannel, frame: Frame) -> None:
-        """Send a sibling the weights of an expert."""
-        try:
-            call_id, layer, expert = read_fetch(frame.body)
-        except ValueError as error:
-            raise FrameMalformed(f"a fetch of no use: {error}") from error
-        weights = self._holding.get((layer, expert))
-        if weights is None:
-            self._answer(channel, REFUSED, [call_id, f"expert {expert} of layer {layer} is not here"])
-            return
-        copies = [self._copies.begin(part) for part in weights.plain()]
-        parts = [as_bytes(copy.wait()) for copy in copies]
-        self._answer(channel, WEIGHTS, [call_id, checksum(parts)], parts)
-
     def _take(self, channel: StreamChannel, frame: Frame) -> None:
         """Put a node's dispatch with the others that wait, or refuse it."""
+        if frame.kind != DISPATCH:
+            raise FrameMalformed(f"a shard takes no {frame.kind!r:.40}")
         try:
             header = DispatchHeader.from_body(frame.body)
             hidden, rows = self._tensors(header, frame.parts)

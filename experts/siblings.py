@@ -1,17 +1,22 @@
-"""Weights of experts from other shards that hold them: nearer than a checkpoint on a shared disk."""
+"""Weights of experts from other shards that hold them: nearer than a checkpoint on a shared disk.
+
+They travel between hosts, at an address of their own, in a thread of its own: dispatches wait for none of it.
+"""
 
 import itertools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 
 from experts.config import ShardConfig
-from experts.messages import FETCH, REFUSED, WEIGHTS, Placement
+from experts.messages import FETCH, REFUSED, WEIGHTS, Placement, read_fetch
 from experts.weights import ExpertFormat, ExpertWeights
+from kernels.model.host_copies import HostCopies
 from kernels.ops.expert_mlp import GatedWeights
 from kernels.transport.connect import connect
+from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError, FrameMalformed
 from kernels.transport.frame import Frame, Header
 from kernels.transport.stream import StreamChannel
@@ -24,11 +29,11 @@ FETCH_TIMEOUT_S = 5.0
 def sources_of(
     experts: Iterable[tuple[int, int]], placement: Placement, names: Set[str]
 ) -> dict[tuple[int, int], list[str]]:
-    """Addresses of the shards, among those called `names`, that hold each of some (layer, expert) pairs."""
+    """Where those shards called `names` that hold each of some (layer, expert) pairs give weights."""
     first_layer = placement.first_layer
     return {
         (layer, expert): [
-            placement.shards[home].address
+            placement.shards[home].weights_address
             for home in placement.homes[layer - first_layer][expert]
             if placement.shards[home].name in names
         ]
@@ -49,6 +54,31 @@ def are_numbers(part: torch.Tensor) -> bool:
     if part.dtype == torch.float8_e4m3fn:
         return not bool(((part.view(torch.uint8) & 0x7F) == 0x7F).any())
     return bool(part.isfinite().all())
+
+
+class Giver:
+    """Gives siblings the weights of experts that are here, one after the other."""
+
+    def __init__(self, config: ShardConfig, find: Callable[[tuple[int, int]], GatedWeights | None]):
+        """`find` looks up a (layer, expert) pair, in another thread than the one that computes."""
+        self.endpoint = Endpoint(config.weights_address, config.secret, config.name, self._give)
+        self._find = find
+        self._copies = HostCopies()
+
+    def _give(self, channel: StreamChannel, frame: Frame) -> None:
+        if frame.kind != FETCH:
+            raise FrameMalformed(f"{frame.kind!r:.40} is no fetch of an expert")
+        try:
+            fetch_id, layer, expert = read_fetch(frame.body)
+        except ValueError as error:
+            raise FrameMalformed(f"a fetch of no use: {error}") from error
+        weights = self._find((layer, expert))
+        if weights is None:
+            channel.send(REFUSED, [fetch_id, f"expert {expert} of layer {layer} is not here"])
+            return
+        copies = [self._copies.begin(part) for part in weights.plain()]
+        parts = [as_bytes(copy.wait()) for copy in copies]
+        channel.send(WEIGHTS, [fetch_id, checksum(parts)], parts)
 
 
 class Siblings:

@@ -56,7 +56,9 @@ async def acting(place: Place, coordinator: Coordinator) -> AsyncIterator[Shard]
 
 def placed(*shards: Shard, epoch: int) -> Placement:
     """The even placement on some shards."""
-    addresses = [ShardAddress(one.name, one.shard.address) for one in shards]
+    addresses = [
+        ShardAddress(one.name, one.shard.address, weights_address=one.shard.weights_address) for one in shards
+    ]
     layers_count, experts_count = len(MODEL.moe_layers), MODEL.routed_experts_count
     return even_placement(addresses, MODEL.dense_layers_count, layers_count, experts_count, epoch)
 

@@ -17,7 +17,7 @@ numbers = itertools.count()
 
 def make_shard(checkpoint: Checkpoint, name: str, address: str, dtype: torch.dtype) -> ExpertShard:
     """A shard that serves nothing yet."""
-    return ExpertShard(ShardConfig(name, address, SECRET), checkpoint, dtype)
+    return ExpertShard(ShardConfig(name, address, SECRET, memory_address()), checkpoint, dtype)
 
 
 def memory_address() -> str:
@@ -29,6 +29,20 @@ def placed(addresses: dict[str, str], epoch: int = 1) -> Placement:
     """The even placement over shards by name."""
     shards = [ShardAddress(name, address) for name, address in addresses.items()]
     return even_placement(shards, FIRST_LAYER, LAYERS, EXPERTS, epoch)
+
+
+def placed_on(*shards: ExpertShard, epoch: int = 1) -> Placement:
+    """The same over shards that siblings may fetch from."""
+    addresses = [
+        ShardAddress(one.config.name, one.address, weights_address=one.weights_address) for one in shards
+    ]
+    return even_placement(addresses, FIRST_LAYER, LAYERS, EXPERTS, epoch)
+
+
+def placed_at(weights_address: str, name: str) -> Placement:
+    """All experts on one shard of which only siblings know something."""
+    shards = [ShardAddress(name, "memory://nobody", weights_address=weights_address)]
+    return even_placement(shards, FIRST_LAYER, LAYERS, EXPERTS, 1)
 
 
 def drawn_tokens(

@@ -26,7 +26,17 @@ from kernels.ops.projection import is_fp8, plain
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.tensors import as_bytes
 from tests.checkpoints import build
-from tests.experts.dispatches import EXPERTS, LAYERS, SECRET, drawn_tokens, make_shard, memory_address, placed
+from tests.experts.dispatches import (
+    EXPERTS,
+    LAYERS,
+    SECRET,
+    drawn_tokens,
+    make_shard,
+    memory_address,
+    placed,
+    placed_at,
+    placed_on,
+)
 from tests.experts.test_siblings import same_weights
 
 TOLERANCE = {"groups": 1e-5, "fp8": 1e-2}  # FP8: what lies between the products may be rounded the other way
@@ -118,10 +128,9 @@ def test_experts_move_in_fp8_while_nodes_ask(truths, shard_of, node):
     expected = truths["fp8"].dispatch(1, *tokens).combine()
     with kernels_forced():
         old, new = shard_of("fp8", "old"), shard_of("fp8", "new")
-        both = {"old": old.address, "new": new.address}
-        halved = placed(both, epoch=2)
+        halved = placed_on(old, new, epoch=2)
         swapped = replace(halved, epoch=3, shards=halved.shards[::-1])
-        placements = [placed({"old": old.address}), halved, swapped]
+        placements = [placed_on(old), halved, swapped]
         old.adopt(placements[0])
         for shard in (old, new):
             shard.start()
@@ -130,7 +139,7 @@ def test_experts_move_in_fp8_while_nodes_ask(truths, shard_of, node):
             node.adopt(now)
             answers.append(node.dispatch(1, *tokens).combine())
             for shard in (old, new) if following else ():
-                shard.adopt(following, in_force=now, alive=both.keys())
+                shard.adopt(following, in_force=now, alive={"old", "new"})
             if following:
                 answers.append(node.dispatch(1, *tokens).combine())  # by the placement that is leaving
         for shard in (old, new):
@@ -181,7 +190,7 @@ def test_fp8_weights_that_are_not_right_are_not_taken(lie, truths, shard_of):
     liar.start()
     with kernels_forced():
         new = shard_of("fp8", "new")
-        in_force = placed({"liar": liar.address})
+        in_force = placed_at(liar.address, "liar")
         new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), None, in_force, {"liar"})
     liar.close()
     assert new.report().fetched_count == 0 and new.report().experts_count == HALF_COUNT

@@ -1,19 +1,34 @@
 """Experts come from shards that hold them, with the bits of the checkpoint, or else from the checkpoint."""
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from experts.messages import FETCH, REFUSED, WEIGHTS, Placement
+from experts import siblings
+from experts.messages import FETCH, REFUSED, WEIGHTS, Placement, ShardAddress
+from experts.placement import even_placement
 from experts.shard import ExpertShard
 from experts.siblings import checksum, sources_of
 from kernels.ops.expert_mlp import GatedWeights
-from kernels.transport.connect import connect
+from kernels.transport.connect import LINKS, connect
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelClosed
 from kernels.transport.tensors import as_bytes
-from tests.experts.dispatches import EXPERTS, FIRST_LAYER, LAYERS, SECRET, memory_address, placed
+from tests.experts.dispatches import (
+    EXPERTS,
+    FIRST_LAYER,
+    LAYERS,
+    SECRET,
+    drawn_tokens,
+    memory_address,
+    placed,
+    placed_at,
+    placed_on,
+)
+from tests.experts.test_shard import Node
+from tests.kernels.transport.stand_in_link import StandInLink
 
 TIMEOUT_S = 10.0
 DTYPES = [torch.float32, torch.bfloat16]
@@ -39,8 +54,7 @@ def old(shard_at) -> Callable[[torch.dtype], ExpertShard]:
 
 def grown(old: ExpertShard, new: ExpertShard) -> tuple[Placement, Placement]:
     """What is in force, and a newer placement over both shards."""
-    names = {"old": old.address, "new": new.address}
-    return placed({"old": old.address}, epoch=1), placed(names, epoch=2)
+    return placed_on(old, epoch=1), placed_on(old, new, epoch=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +118,7 @@ def test_weights_that_are_not_right_are_not_taken(lie, old, shard_at):
 
     liar = Endpoint(memory_address(), SECRET, "liar", answer)
     liar.start()
-    in_force = placed({"liar": liar.address})
+    in_force = placed_at(liar.address, "liar")
     new.adopt(placed({"liar": liar.address, "new": new.address}, epoch=2), None, in_force, {"liar"})
     liar.close()
     assert new.report().fetched_count == 0
@@ -113,7 +127,7 @@ def test_weights_that_are_not_right_are_not_taken(lie, old, shard_at):
 
 
 def test_a_fetch_of_what_is_not_here_is_refused_and_one_of_no_use_costs_the_channel(old):
-    channel = connect(old(torch.float32).address, SECRET, "sibling", TIMEOUT_S)
+    channel = connect(old(torch.float32).weights_address, SECRET, "sibling", TIMEOUT_S)
     channel.send(FETCH, [7, FIRST_LAYER, EXPERTS])
     frame = channel.receive(TIMEOUT_S)
     assert frame.kind == REFUSED and frame.body[0] == 7
@@ -123,7 +137,42 @@ def test_a_fetch_of_what_is_not_here_is_refused_and_one_of_no_use_costs_the_chan
     channel.close()
 
 
+def test_a_dispatch_does_not_wait_for_a_fetch(old, monkeypatch):
+    """Both come at once; to sum the bytes up takes long."""
+    holder, real, told_s = old(torch.float32), siblings.checksum, []
+
+    def slow(parts) -> int:
+        time.sleep(0.3)
+        told_s.append(time.monotonic())
+        return real(parts)
+
+    monkeypatch.setattr(siblings, "checksum", slow)
+    channel, node = connect(holder.weights_address, SECRET, "sibling", TIMEOUT_S), Node(holder)
+    channel.send(FETCH, [1, FIRST_LAYER, 0])
+    hidden, ids, _ = drawn_tokens(3)
+    for call_id in range(3):
+        node.say(call_id, hidden, ids)
+        node.hear(ids.numel())
+    assert not told_s
+    assert channel.receive(TIMEOUT_S).kind == WEIGHTS and len(told_s) == 1
+    channel.close()
+    node.channel.close()
+
+
+def test_no_gpu_is_joined_to_another_for_a_fetch(shard_at, monkeypatch):
+    opened = []
+    monkeypatch.setitem(LINKS, "nccl", StandInLink)
+    monkeypatch.setattr(StandInLink, "open", lambda *given: opened.append(given))
+    holder, new = (shard_at(name, "nccl://127.0.0.1:0") for name in ("old", "new"))
+    holder.adopt(placed_on(holder))
+    holder.start()
+    in_force, placement = grown(holder, new)
+    new.adopt(placement, in_force=in_force, alive={"old", "new"})
+    assert new.report().fetched_count == LAYERS * EXPERTS // 2 and not opened
+
+
 def test_sources_are_the_other_homes():
-    placement = placed({"a": "memory://a", "b": "memory://b"})
+    shards = [ShardAddress(name, f"memory://{name}", "", f"memory://{name}-weights") for name in "ab"]
+    placement = even_placement(shards, FIRST_LAYER, LAYERS, EXPERTS, 1)
     sources = sources_of([(FIRST_LAYER, 0), (FIRST_LAYER, EXPERTS - 1)], placement, {"b"})
-    assert sources == {(FIRST_LAYER, 0): [], (FIRST_LAYER, EXPERTS - 1): ["memory://b"]}
+    assert sources == {(FIRST_LAYER, 0): [], (FIRST_LAYER, EXPERTS - 1): ["memory://b-weights"]}
