@@ -20,6 +20,7 @@ class PrefillBatcher:
         self.requests_max = requests_max
         self._waiting: list[PrefillRequest] = []
         self._running: list[PrefillRequest] = []  # oldest first
+        self._suspects: list[PrefillRequest] = []
         self._steps_count = 0
 
     @property
@@ -57,12 +58,21 @@ class PrefillBatcher:
         Prompts that may not go have no share in it, and lose none of their turn.
         """
         in_line = self._in_line([request for request in self._running if may_go(request)])
+        if (alone := next((request for request in self._suspects if may_go(request)), None)) is not None:
+            self._suspects.remove(alone)
+            in_line = [alone]
+        elif self._suspects:
+            in_line = [request for request in in_line if request not in self._suspects]
         shares = self._shares([request.tokens_left_count for request in in_line])
         return [
             Chunk(request, request.tokens_done_count, request.tokens_done_count + share)
             for request, share in zip(in_line, shares, strict=True)
             if share
         ]
+
+    def suspect(self, chunks: list[Chunk]) -> None:
+        """Have each prompt take its next step alone: a step of all of them failed, and one may be why."""
+        self._suspects = [chunk.request for chunk in chunks]
 
     def finish(self, chunks: list[Chunk]) -> list[PrefillRequest]:
         """Note that chunks were computed; the prompts that are complete with them leave."""
@@ -76,7 +86,7 @@ class PrefillBatcher:
 
     def remove(self, request: PrefillRequest) -> None:
         """Take a prompt out that was cancelled or failed."""
-        for queue in (self._waiting, self._running):
+        for queue in (self._waiting, self._running, self._suspects):
             if request in queue:
                 queue.remove(request)
 

@@ -16,3 +16,5 @@ class PrefillConfig:
     micro_batches: int = 1
     packs_latents: bool = False
     """Whether latents are kept and sent as FP8."""
+    step_s_max: float = 120.0
+    """A node whose step lasts longer counts as dead."""

@@ -22,9 +22,10 @@ from experts.errors import ExpertsError
 from experts.messages import DispatchReport
 from kernels.model.host_copies import HostCopies, check_device
 from kernels.model.latent_cache import LatentCache
-from kernels.model.pages import PagesExhausted
+from kernels.model.pages import PagesExhausted, PagesLost
+from kernels.model.step_watch import StepWatch
 from kernels.model.transformer import Transformer
-from kernels.ops.sample import SampleRow, Samples, sample_each
+from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
 from kernels.transport.connect import is_between_devices
 from kernels.transport.endpoint import Endpoint
@@ -42,6 +43,7 @@ from prefill.step import PrefillStep
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.5
+FAILED = "the prefill node failed"
 UNREACHABLE = "latents could not be sent to the decode node"
 
 
@@ -70,6 +72,7 @@ class PrefillNode:
         self._model = model
         self.prefill_step = PrefillStep(transformer, self.cache, config.micro_batches)
         self._clock = clock
+        self._watch = StepWatch(config.step_s_max, clock)
         self._copies = HostCopies()
         self._lock = threading.Lock()
         self._arrived: list[PrefillRequest] = []
@@ -85,8 +88,9 @@ class PrefillNode:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it computes and sends: the threads of both run."""
-        return self._thread is not None and self._thread.is_alive() and self.outbox.is_alive
+        """Whether it computes and sends: both threads run, and steps come to their ends."""
+        is_running = self._thread is not None and self._thread.is_alive()
+        return is_running and self.outbox.is_alive and not self._watch.is_stuck
 
     def start(self) -> None:
         """Receive, compute and send in threads of their own until closed."""
@@ -106,15 +110,23 @@ class PrefillNode:
         begin_s = time.perf_counter()
         places = (chunk.request.place for chunk in chunks)
         self.trace_dispatches(next(filter(None, places), UNTRACED))
+        complete = [chunk.request for chunk in chunks if chunk.is_last]
         try:
             logits = self.prefill_step.run(chunks, self._queue_computed)
+            samples, failed = self._sample(complete, logits)
         except ExpertsError as error:
             for chunk in chunks:
                 self._fail(chunk.request, "experts_unavailable", str(error), retryable=True)
             return len(chunks)
+        except Exception:
+            logger.exception("%s: a step of %d prompts failed", self.config.name, len(chunks))
+            self._seek_guilty(chunks)
+            return len(chunks)
+        if len(failed) < len(chunks):
+            self._watch.succeeded()
         self.tokens_count += sum(chunk.tokens_count for chunk in chunks)
         self.steps_count += 1
-        self._finish([chunk.request for chunk in chunks if chunk.is_last], logits)
+        self._finish(complete, samples, failed)
         self.batcher.finish(chunks)
         self.busy_s += time.perf_counter() - begin_s
         return len(chunks)
@@ -169,13 +181,30 @@ class PrefillNode:
     def _turn(self) -> None:
         self._work.clear()  # before looking for work, so that what comes meanwhile is not slept through
         try:
-            if self.step() == 0 and not self._work.wait(IDLE_S):
+            with self._watch.step():
+                count = self.step()
+            if count == 0 and not self._work.wait(IDLE_S):
                 self.cache.pool.check()
+        except PagesLost:
+            raise
         except Exception:
-            logger.exception("%s: a step failed", self.config.name)
+            logger.exception("%s: a turn failed", self.config.name)
             for request in self.batcher.everyone():
-                self._fail(request, "internal", "the prefill node failed", retryable=True)
-            check_device(self.cache.latents.device)  # where it raises, this node leaves
+                self._fail(request, "internal", FAILED, retryable=True)
+            self._note_failure()
+
+    def _seek_guilty(self, chunks: list[Chunk]) -> None:
+        """After an unforeseen error have its prompts step one at a time; one that was alone fails."""
+        if len(chunks) == 1:
+            self._fail(chunks[0].request, "internal", FAILED, retryable=True)
+        else:
+            self.batcher.suspect(chunks)
+        self._note_failure(chunks)
+
+    def _note_failure(self, chunks: Sequence[Chunk] = ()) -> None:
+        """Raises where this node is to leave: its device has failed, or its steps go on failing."""
+        check_device(self.cache.latents.device)
+        self._watch.failed(chunks[0].request.asked.request_id if len(chunks) == 1 else None)
 
     # what comes in, on the endpoint's thread
 
@@ -200,7 +229,7 @@ class PrefillNode:
             request = self._in_transfer.pop((received.request_id, received.generation), None)
         if request is not None:
             now_s = self._clock()
-            transfer_s = max(now_s - request.computed_s, 0.0)
+            transfer_s = now_s - request.computed_s
             self.transfer_s += transfer_s
             self.spans.record("transfer", request.asked.traceparent, request.computed_s, now_s)
             self._tell(request, HandedOver(received.request_id, received.generation, transfer_s))
@@ -285,7 +314,9 @@ class PrefillNode:
         return layer - first
 
     def _queue_computed(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
-        self._queue(chunk.request, layer, chunk.begin, chunk.end, latents)
+        begin = max(chunk.begin, chunk.request.queued_counts[layer])  # a step that failed had come so far
+        if begin < chunk.end:
+            self._queue(chunk.request, layer, begin, chunk.end, latents[begin - chunk.begin :])
 
     def _queue(
         self, request: PrefillRequest, layer: int, begin: int, end: int, latents: torch.Tensor
@@ -295,10 +326,16 @@ class PrefillNode:
         is_to_host = not is_between_devices(request.asked.decode_address)
         self.outbox.put(Parcel(request, layer, begin, end, self._copies.begin(latents, is_to_host)))
 
-    def _finish(self, complete: Sequence[PrefillRequest], logits: torch.Tensor) -> None:
+    def _sample(
+        self, complete: Sequence[PrefillRequest], logits: torch.Tensor
+    ) -> tuple[Samples, dict[int, str]]:
         if not complete:
-            return
-        samples, failed = sample_each(logits, [self._sample_row(request) for request in complete])
+            return Samples([], []), {}
+        model = self._model
+        rows = [request.sample_row(model.eos_token_ids, model.vocab_size) for request in complete]
+        return sample_each(logits, rows)
+
+    def _finish(self, complete: Sequence[PrefillRequest], samples: Samples, failed: dict[int, str]) -> None:
         for row, request in enumerate(complete):
             request.computed_s = self._clock()
             if row in failed:  # its pages may hold no numbers either: nobody is to find them
@@ -309,19 +346,9 @@ class PrefillNode:
             if not request.is_dropped:
                 self._hand_over(request, samples, row)
 
-    def _sample_row(self, request: PrefillRequest) -> SampleRow:
-        asked, sampling = request.asked, request.asked.sampling
-        prompt_count, tokens_count = asked.prompt_tokens_count, len(asked.token_ids)
-        row = sampling.row(tokens_count, tokens_count - prompt_count, self._model.eos_token_ids)
-        if not sampling.counts_outputs:
-            return SampleRow(**row)
-        prompt, outputs = torch.tensor(asked.token_ids).tensor_split([prompt_count])
-        counts = torch.bincount(outputs, minlength=self._model.vocab_size).to(torch.int32)
-        return SampleRow(**row, prompt_token_ids=prompt, output_token_counts=counts)
-
     def _hand_over(self, request: PrefillRequest, samples: Samples, row: int) -> None:
         asked, token_id = request.asked, samples.token_ids[row]
-        index = len(asked.token_ids) - asked.prompt_tokens_count
+        index = request.outputs_count
         reason = asked.sampling.finish_reason(token_id, index + 1, self._model.eos_token_ids)
         found = samples.logprobs[row]
         logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
@@ -334,18 +361,7 @@ class PrefillNode:
             with self._lock:
                 self._in_transfer[request.key] = request
             self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
-        self._note(request)
-
-    def _note(self, request: PrefillRequest) -> None:
-        """Put a prompt's times into its trace."""
-        under, generation = request.asked.traceparent, request.asked.generation
-        numbers = {
-            "trivium.generation": generation,
-            "trivium.prompt_tokens_count": len(request.asked.token_ids),
-            "trivium.cached_tokens_count": request.cached_tokens_count,
-        }
-        self.spans.record("prefill queue", under, request.arrived_s, request.begun_s)
-        self.spans.record("prefill", under, request.begun_s, request.computed_s, request.place, **numbers)
+        request.note(self.spans)
 
     def _drop(self, request: PrefillRequest) -> None:
         request.is_dropped = True

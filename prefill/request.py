@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
+from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
-from kernels.transport.spans import UNTRACED
+from kernels.transport.spans import UNTRACED, SpanLog
 from prefill.messages import PrefillPrompt
 
 
@@ -41,9 +44,35 @@ class PrefillRequest:
         return len(self.asked.token_ids) - self.tokens_done_count
 
     @property
+    def outputs_count(self) -> int:
+        """Tokens of it that earlier attempts have brought; also the index of the token to come."""
+        return len(self.asked.token_ids) - self.asked.prompt_tokens_count
+
+    @property
     def is_prefix_queued(self) -> bool:
         """Whether the cached latents of all layers, which are queued in order, are on their way."""
         return not self.queued_counts or self.queued_counts[-1] >= self.cached_tokens_count
+
+    def sample_row(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> SampleRow:
+        """How its next token is chosen."""
+        asked = self.asked
+        row = asked.sampling.row(len(asked.token_ids), self.outputs_count, eos_token_ids)
+        if not asked.sampling.counts_outputs:
+            return SampleRow(**row)
+        prompt, outputs = torch.tensor(asked.token_ids).tensor_split([asked.prompt_tokens_count])
+        counts = torch.bincount(outputs, minlength=vocab_size).to(torch.int32)
+        return SampleRow(**row, prompt_token_ids=prompt, output_token_counts=counts)
+
+    def note(self, spans: SpanLog) -> None:
+        """Put its times into its trace."""
+        under = self.asked.traceparent
+        numbers = {
+            "trivium.generation": self.asked.generation,
+            "trivium.prompt_tokens_count": len(self.asked.token_ids),
+            "trivium.cached_tokens_count": self.cached_tokens_count,
+        }
+        spans.record("prefill queue", under, self.arrived_s, self.begun_s)
+        spans.record("prefill", under, self.begun_s, self.computed_s, self.place, **numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,24 @@ def test_who_may_not_go_has_no_share_and_keeps_its_place():
     assert batcher.next_batch(lambda request: False) == []
 
 
+def test_suspects_take_one_step_alone_each():
+    batcher = PrefillBatcher(512, 8)
+    requests = begun(batcher, *(prompt(1000, name=name) for name in "abc"))
+
+    def step(may_go=lambda request: True):
+        chunks = batcher.next_batch(may_go)
+        batcher.finish(chunks)
+        return "".join(chunk.request.asked.request_id for chunk in chunks)
+
+    batcher.suspect(batcher.next_batch())
+    requests += begun(batcher, prompt(1000, name="d"))
+    assert step() == "a"
+    batcher.remove(requests[1])
+    assert step(lambda request: request is not requests[2]) == "ad"
+    assert step() == "c"
+    assert step() == "acd"
+
+
 def test_higher_priority_first_then_the_older():
     batcher = PrefillBatcher(512, 64)
     for name, priority in (("a", 0), ("b", 2), ("c", 0), ("d", 2), ("e", -1)):

@@ -1,5 +1,6 @@
 """A prefill node from prompt to first token, and whoever fails or goes away meanwhile."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from kernels.model.latent_cache import slots_of
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelClosed
 from prefill.messages import DOWN, FirstTokenChunk, HandedOver, PrefillPrompt
+from prefill.node import PrefillNode
 from tests.checkpoints import random_prompt
 from tests.fixtures import CHECKPOINT, GREEDY, SECRET, Stage
 
@@ -235,6 +237,80 @@ def test_an_error_that_nobody_foresaw_fails_prompts_and_not_the_node(make_stage,
         stage.gateway.cancel(name)
     computed(stage, "c", prompt(200))
     stage.assert_all_free()
+
+
+def poisoned(stage: Stage, monkeypatch, name: str = "poison", after_layers: int = 0) -> list[list[str]]:
+    """Fail each step in which a prompt is, once so many layers have been computed; who was in each step."""
+    steps, run = [], stage.prefill.prefill_step.run
+
+    def poisonous(chunks, on_latents):
+        steps.append([chunk.request.asked.request_id for chunk in chunks])
+        if name not in steps[-1]:
+            return run(chunks, on_latents)
+        run(chunks, lambda chunk, layer, latents: layer < after_layers and on_latents(chunk, layer, latents))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(stage.prefill.prefill_step, "run", poisonous)
+    return steps
+
+
+@pytest.mark.parametrize("after_layers", [0, 2])
+def test_a_poisonous_prompt_fails_alone(make_stage, monkeypatch, after_layers):
+    stage = make_stage(prefill_pages=64, decode_pages=64)
+    expected = computed(stage, "alone", prompt(150)[::-1], ONE).chunk.token_ids
+    steps = poisoned(stage, monkeypatch, after_layers=after_layers)
+    names = [f"good-{number}" for number in range(10)]
+    for name in [*names[:5], "poison", *names[5:]]:
+        stage.gateway.ask(name, prompt(150)[::-1])
+    stage.settle()
+    assert stage.gateway.failures() == [("poison", "internal", True)]
+    assert any(len(step) > 1 and "poison" in step for step in steps), "it never had company"
+    assert all(first_tokens(stage)[name].chunk.token_ids == expected for name in names)
+    assert all(len(stage.gateway.tokens(name)) == GREEDY.tokens_max for name in names)
+    for name in ("alone", "poison"):
+        stage.gateway.cancel(name)
+    stage.settle()
+    stage.assert_all_free()
+
+
+def test_a_poisonous_prompt_that_comes_again_and_again_does_not_make_the_node_leave(stage, monkeypatch):
+    poisoned(stage, monkeypatch)
+    for generation in range(1, 9):
+        stage.now_s += 3.0
+        stage.gateway.ask("poison", prompt(100), generation=generation)
+        stage.until(lambda count=generation: len(stage.gateway.failures()) == count)
+        stage.gateway.cancel("poison", generation)
+
+
+def test_a_node_that_fails_whatever_comes_leaves_so_that_all_see_it(stage, monkeypatch):
+    monkeypatch.setattr(stage.prefill.prefill_step, "run", lambda *_: 1 / 0)
+    for number in range(5):
+        stage.gateway.ask(f"r{number}", prompt(20))
+        stage.until(lambda count=number + 1: len(stage.gateway.failures()) == count)
+        stage.now_s += 2.5
+    stage.gateway.ask("one more", prompt(20))
+    while not stage.prefill._arrived:
+        for poll in stage.moves()[:-2]:
+            poll()
+    stage.prefill._run()
+    stage.gone.append(stage.prefill)
+    stage.settle()
+    assert len(stage.gateway.failures()) == 6
+    with pytest.raises(ChannelClosed):
+        DOWN.send(stage.gateway.prefill, CancelRequest("r0", 1))
+
+
+def test_a_step_without_end_shows_while_the_node_still_answers(stage, monkeypatch):
+    computed(stage, "warm", prompt(20))
+    monkeypatch.setattr(PrefillNode, "_run", lambda self: self._stopped.wait(10), raising=False)
+    stage.prefill._stopped = threading.Event()
+    stage.prefill.start()
+    with stage.prefill._watch.step():
+        assert stage.prefill.is_alive
+        stage.now_s += stage.prefill.config.step_s_max + 1
+        assert not stage.prefill.is_alive
+    assert stage.prefill.is_alive
+    stage.prefill._stopped.set()
 
 
 def test_a_node_that_cannot_keep_its_books_leaves_so_that_all_see_it(make_stage, monkeypatch):
