@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,9 +20,8 @@ from pydantic import (
 )
 
 from cluster.config_errors import explained
-from cluster.errors import InvalidConfig
+from cluster.config_file import read_yaml
 
-FILE_BYTES_MAX = 64 * 2**10
 PORT_MAX = 65535
 AUTO = "auto"
 
@@ -106,7 +104,8 @@ class GatewaySection(Section):
     )
     tokens_max_default: int = Field(256, ge=1, description="max_tokens of a request that names none")
     stall_timeout_s: Seconds = Field(
-        30.0, description="how long a client may leave its stream unread before it is cancelled"
+        30.0,
+        description="how long a stream may stay unread, once its buffers are full, until it is cancelled",
     )
     token_file: ResolvedPath | None = Field(
         None, description="file with the bearer token that clients must send; empty: none is asked for"
@@ -311,6 +310,11 @@ class ClusterConfig(Section):
     def _somebody_reads_prompts(self) -> "ClusterConfig":
         if self.prefill.count == 0 and not self.decode.reads_prompts:
             raise ValueError("prefill.count may be 0 only with decode.reads_prompts")
+        if self.prefill.count == 0 and self.autoscaler.enabled:
+            raise ValueError(
+                "prefill.count may not be 0 with autoscaler.enabled: prompts would press on no pool, and none"
+                " would grow; set prefill.count to 1 or more, or the autoscaler off"
+            )
         if self.decode.reads_prompts and self.transport.tensors != "host":
             raise ValueError("decode.reads_prompts, two nodes on one GPU, wants transport.tensors: host")
         return self
@@ -343,7 +347,7 @@ class ClusterConfig(Section):
 def load_config(path: Path) -> ClusterConfig:
     """Read and check a YAML file; or InvalidConfig, which names file, key, limit and remedy."""
     path = Path(path)
-    return check_config(_read_yaml(path), source=str(path), folder=path.parent)
+    return check_config(read_yaml(path), source=str(path), folder=path.parent)
 
 
 def check_config(values: Any, source: str, folder: Path) -> ClusterConfig:
@@ -352,48 +356,3 @@ def check_config(values: Any, source: str, folder: Path) -> ClusterConfig:
         return ClusterConfig.model_validate(values, context={"folder": folder})
     except ValidationError as error:
         raise explained(error, source, ClusterConfig) from None
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            content = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise _unreadable(path, why, "a file that can be read", "Check the path.") from None
-    if len(content) > FILE_BYTES_MAX:
-        raise _unreadable(path, "it is too large", f"{FILE_BYTES_MAX} bytes", "Is it the right file?")
-    try:
-        _refuse_twins(yaml.compose(content, Loader=yaml.SafeLoader), path)
-        return yaml.safe_load(content)
-    except RecursionError:
-        raise _unreadable(
-            path, "it is nested too deeply", "sections of plain values", "Flatten it."
-        ) from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        why = " ".join(str(error).split()).replace(' in "<byte string>"', "")
-        raise _unreadable(path, why, "plain YAML", "Correct that place.") from None
-
-
-def _refuse_twins(root: yaml.Node | None, path: Path) -> None:
-    """Refuse a key given twice in one mapping: YAML itself would take the last and say nothing."""
-    waiting, seen_ids = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen_ids or not isinstance(node, yaml.CollectionNode):
-            continue
-        seen_ids.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting.extend(node.value)
-            continue
-        waiting.extend(value for _, value in node.value)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twins = sorted(key for key in set(keys) if keys.count(key) > 1)
-        if twins:
-            line = node.start_mark.line + 1
-            why = f"the key {twins[0]!r} stands twice in the mapping that begins in line {line}"
-            raise _unreadable(path, why, "each key once", "Take one of them out.")
-
-
-def _unreadable(path: Path, why: str, limit: str, remedy: str) -> InvalidConfig:
-    return InvalidConfig("UNREADABLE_CONFIG", why, field=str(path), limit=limit, remedy=remedy)

@@ -198,7 +198,10 @@ class Tokens:
 
 
 def make_server(message_bytes_max: int, tokens: Tokens) -> grpc.aio.Server:
-    """A server whose every error is typed and whose limits are ours."""
+    """A server whose every error is typed and whose limits are ours.
+
+    It has no limit on concurrent calls: gRPC would refuse those for health by it, too.
+    """
     interceptors = [TokenInterceptor(tokens), ErrorInterceptor(message_bytes_max)]
     return grpc.aio.server(
         interceptors=interceptors,
@@ -247,11 +250,11 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         sent = str(dict(details.invocation_metadata).get("authorization", "")).encode()
         if any([hmac.compare_digest(sent, f"Bearer {token}".encode()) for token in accepted]):
             return handler
-        return refusing(handler, details.method, service in OPERATORS_SERVICES)
+        return refusing(details.method, service in OPERATORS_SERVICES)
 
 
-def refusing(handler: grpc.RpcMethodHandler, method: str, for_operators: bool) -> grpc.RpcMethodHandler:
-    """A handler of the same shape that answers Unauthenticated."""
+def refusing(method: str, for_operators: bool) -> grpc.RpcMethodHandler:
+    """A handler that answers Unauthenticated; as one for streams it reads no message before it does."""
     whose = "the operators' token, that of operations.token_file" if for_operators else "the clients' token"
     error = Unauthenticated(
         reason="NO_TOKEN",
@@ -264,6 +267,4 @@ def refusing(handler: grpc.RpcMethodHandler, method: str, for_operators: bool) -
     async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
         await abort(context, error, method)
 
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(refuse)
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(refuse)

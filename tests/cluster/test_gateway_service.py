@@ -20,6 +20,7 @@ from cluster.errors import (
     Unauthenticated,
 )
 from cluster.events import DeliverTokens, FailRequest, FinishRequest, Phases, RequestCancelled
+from cluster.gateway import SERVICE
 from cluster.gateway_service import STATES, VALIDATED_INLINE_BYTES
 from cluster.gateway_service import Delta as ServiceDelta
 from cluster.membership import DRAINING, STARTING, Member, View
@@ -311,6 +312,19 @@ def test_the_token(nodes):
                         await events_of(client, TEXT)
             async with Client(gateway.address, "right") as client:
                 assert (await client.get_model()).name == "small"
+
+    asyncio.run(run())
+
+
+def test_a_call_without_the_token_is_refused_before_any_message_of_it_is_read():
+    async def run() -> None:
+        async with (
+            served(View(), token="right") as gateway,
+            grpc.aio.insecure_channel(gateway.address) as channel,
+        ):
+            for method in ("Generate", "GetModel"):
+                call = channel.stream_stream(f"/{SERVICE}/{method}")(timeout=5.0)  # that sends none
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
     asyncio.run(run())
 
