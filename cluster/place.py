@@ -98,7 +98,7 @@ def shards_have_gpus(config: ClusterConfig) -> bool:
 
 
 def check_shards(config: ClusterConfig, bounds: tuple[int, int]) -> None:
-    """Raises InvalidConfig where the experts would not fit on so many shards, or there are too few of them."""
+    """Raises InvalidConfig where so many shards have no room for the experts, or too few of them to hold."""
     (least, most), section = bounds, config.experts
     wanted = (("experts.shards_count", section.shards_count), ("experts.shards_max", section.shards_max))
     for key, count in wanted:
