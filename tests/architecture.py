@@ -22,7 +22,7 @@ DOORS = {
     "prometheus_client": METRICS_DOOR,
     "tokenizers": ("cluster/tokenizer.py",),
     "jinja2": ("cluster/tokenizer.py",),
-    "yaml": ("cluster/config.py",),
+    "yaml": ("cluster/config_file.py",),
     "triton": ("kernels/ops/*",),
     "numba": ("kernels/ops/compiled.py",),
     "cupy": ("kernels/transport/nccl.py",),

@@ -199,6 +199,13 @@ def test_counts_lie_within_their_bounds(sections, said, tmp_path):
     assert said in str(caught.value)
 
 
+def test_the_autoscaler_wants_a_pool_that_prompts_press_on(tmp_path):
+    both = {"decode": {"reads_prompts": True}, "prefill": {"count": 0}}
+    check_config({"model": {"folder": "x"}, **both}, "test", tmp_path)
+    with pytest.raises(InvalidConfig, match=r"none would grow; set prefill.count to 1 or more"):
+        check_config({"model": {"folder": "x"}, **both, "autoscaler": {"enabled": True}}, "test", tmp_path)
+
+
 def test_without_autoscaler_people_count_as_they_like(tmp_path):
     check_config({"model": {"folder": "x"}, "decode": {"count": 16}}, "test", tmp_path)
 
