@@ -6,8 +6,7 @@ from enum import Enum
 from cluster.events import RoutedRequest
 from decode.messages import TokenChunk
 from kernels.model.pages import pages_for
-
-PRIORITY_S = 10.0  # seconds of waiting that one step of priority is worth, so that nobody waits for ever
+from prefill.messages import PRIORITY_S
 
 
 class Phase(Enum):

@@ -39,8 +39,8 @@ class PrefillBatcher:
         return sum(request.tokens_left_count for request in self.everyone())
 
     def add(self, request: PrefillRequest) -> None:
-        """Queue a prompt: higher priority first, then the older."""
-        insort(self._waiting, request, key=lambda waiting: -waiting.asked.priority)
+        """Queue a prompt: the older first, priority counted as age."""
+        insort(self._waiting, request, key=lambda waiting: waiting.turn_s)
 
     def next_waiting(self) -> PrefillRequest | None:
         """The prompt to begin next, if there is a place for it."""

@@ -19,6 +19,8 @@ from decode.messages import (
 from kernels.transport.schema import Schema
 from kernels.transport.spans import UNTRACED
 
+PRIORITY_S = 10.0  # seconds of waiting that one step of priority is worth, so that nobody waits for ever
+
 
 @dataclass(frozen=True)
 class PrefillPrompt:

@@ -7,7 +7,7 @@ import torch
 from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
 from kernels.transport.spans import UNTRACED, SpanLog
-from prefill.messages import PrefillPrompt
+from prefill.messages import PRIORITY_S, PrefillPrompt
 
 
 @dataclass(eq=False, slots=True)
@@ -37,6 +37,11 @@ class PrefillRequest:
     def key(self) -> tuple[str, int]:
         """Request id and generation, which no other request shares."""
         return self.asked.request_id, self.asked.generation
+
+    @property
+    def turn_s(self) -> float:
+        """Place in the queue: when it came, or would have come at priority 0 to be as urgent."""
+        return self.arrived_s - self.asked.priority * PRIORITY_S
 
     @property
     def tokens_left_count(self) -> int:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from decode.messages import SamplingParameters
 from kernels.model.pages import PAGE_TOKENS
 from prefill.batcher import PrefillBatcher
-from prefill.messages import PrefillPrompt
+from prefill.messages import PRIORITY_S, PrefillPrompt
 from prefill.request import PrefillRequest
 
 lengths = st.one_of(st.integers(1, 200), st.integers(1, 1000))
@@ -159,6 +159,22 @@ def test_higher_priority_first_then_the_older():
         order.append(request.asked.request_id)
         batcher.begin(request)
     assert order == ["b", "d", "a", "c", "e"]
+
+
+def test_a_prompt_of_low_priority_does_not_wait_for_an_endless_stream_of_higher_ones():
+    batcher = PrefillBatcher(512, requests_max=1)
+    low = prompt(10, name="low")
+    batcher.add(low)
+    for second in range(100):
+        urgent = prompt(10, 1)
+        urgent.arrived_s = float(second)
+        batcher.add(urgent)
+        following = batcher.next_waiting()
+        batcher.begin(following)
+        sizes(batcher)
+        if following is low:
+            break
+    assert second == PRIORITY_S
 
 
 def test_no_more_begin_than_there_are_places():
