@@ -176,6 +176,8 @@ class RemoteExperts:
     def close(self) -> None:
         """Close the channels to all shards."""
         for channel in self._channels.values():
+            channel.end()
+        for channel in self._channels.values():  # each may wait for GPUs, which all let go meanwhile
             channel.close()
         self._channels.clear()
 

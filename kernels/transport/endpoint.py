@@ -175,6 +175,8 @@ class Endpoint:
         self._selector.close()
         self._listener.close()
         for channel in ended:
+            channel.end()
+        for channel in ended:  # each may wait for GPUs, which all let go meanwhile
             channel.release()
 
     # who comes

@@ -74,6 +74,21 @@ def test_a_shard_whose_gpu_is_being_joined_is_not_silent(shard_at, local, monkey
     plug.close()
 
 
+def test_all_channels_end_before_one_is_waited_for():
+    class Told:
+        def end(self):
+            told.append("end")
+
+        def close(self):
+            told.append("close")
+
+    told: list[str] = []
+    plug = RemoteExperts(DispatchConfig("node", SECRET))
+    plug._channels = {"a": Told(), "b": Told()}
+    plug.close()
+    assert told == ["end", "end", "close", "close"]
+
+
 def test_a_shard_refuses_an_epoch_that_it_has_not_loaded(remote, local):
     tokens = drawn_tokens(5)
     remote._route.epoch = 2

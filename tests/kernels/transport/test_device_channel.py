@@ -622,6 +622,27 @@ def test_the_end_of_a_channel_that_takes_long_keeps_no_other_waiting(behaviour):
             assert ended == [("first", True)]
 
 
+def test_an_endpoint_that_closes_waits_for_all_gpus_at_once(behaviour):
+    behaviour.delay_s = 3600
+    channels = []
+    there = Endpoint("nccl://127.0.0.1:0", SECRET, "there", lambda channel, _: channels.append(channel))
+    with contextlib.ExitStack() as stack:
+        stack.callback(there.close)
+        there.start()
+        for number in range(5):
+            here = stack.enter_context(contextlib.closing(connect(there.address, SECRET, f"peer {number}")))
+            here.send("greeting")
+            here.send("never whole", None, [numbers(5)])
+            eventually(lambda here=here: sent(here).sends_count)
+        all_at_it = threading.Barrier(5)
+        theirs = set(map(sent, channels))
+        for link in theirs:
+            link.behaviour = Behaviour(delay_s=3600, on_abort=lambda: all_at_it.wait(1.0))
+        there.close()
+        assert len(theirs) == 5 and not all_at_it.broken
+        assert all(link.aborted.is_set() for link in theirs)
+
+
 def test_a_channel_that_never_becomes_quiet_is_closed_after_a_while(behaviour, monkeypatch, caplog):
     monkeypatch.setattr(device_wire, "QUIET_WAIT_S", 0.1)
     behaviour.delay_s, behaviour.aborting_fails = 3600, True
