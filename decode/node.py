@@ -33,7 +33,7 @@ from experts.messages import DispatchReport
 from kernels.model.host_copies import check_device
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesLost
-from kernels.model.step_watch import StepWatch
+from kernels.model.step_watch import StepsFail, StepWatch
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
@@ -160,12 +160,14 @@ class DecodeNode:
         )
 
     def close(self) -> None:
-        """Stop both threads and free the address."""
+        """Stop both threads and free the address; raises StepsFail while a step goes on."""
         self._stopping = True
         self._work.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(self.config.step_s_max if self.is_alive else 0)
         self._close_endpoints()
+        if self._thread is not None and self._thread.is_alive():
+            raise StepsFail(f"{self.config.name} has closed, but its step goes on: the process has to end")
 
     def _close_endpoints(self) -> None:
         for endpoint in self.endpoints:

@@ -8,7 +8,7 @@ FAILING_S = 10.0
 
 
 class StepsFail(RuntimeError):
-    """Steps fail whatever is in them: it is the node's fault, which a new process may mend."""
+    """Steps fail whatever is in them, or never end: it is the node's fault, which a new process may mend."""
 
 
 class StepWatch:

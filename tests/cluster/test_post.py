@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from decode.node import DecodeNode
 from experts.messages import Placement
 from kernels.model.checkpoint import Checkpoint
 from kernels.model.moe import NoExperts
+from kernels.model.step_watch import StepsFail
 from kernels.model.transformer import Transformer
 from kernels.transport.connect import connect
 from prefill.node import PrefillNode
@@ -232,6 +235,26 @@ def test_a_node_that_died_is_seen_and_keeps_nobody_waiting(place, transformer):
         post.node._stopping = True
         await until(lambda: post.has_died)
         await asyncio.wait_for(post.close(), 10)
+
+    asyncio.run(run())
+
+
+def test_a_step_that_outlasts_its_node_keeps_the_experts_that_it_uses(place, transformer, monkeypatch):
+    async def run() -> None:
+        post = Post("decode", "decode", place, Coordinator(), refuse)
+        await asyncio.to_thread(post.open, transformer)
+        node, blocked, freed = post.node, threading.Event(), threading.Event()
+        assert node.config.step_s_max == 4 * place.config.experts.dispatch_timeout_s
+        node.config = replace(node.config, step_s_max=0.05)
+        closed = []
+        monkeypatch.setattr(post.experts, "close", lambda: closed.append(1))
+        monkeypatch.setattr(node, "step", lambda: blocked.set() or int(not freed.wait(10)))
+        await asyncio.to_thread(blocked.wait, 10)
+        with pytest.raises(StepsFail):
+            await post.close()
+        assert not closed
+        freed.set()
+        await asyncio.to_thread(node._thread.join, 10)
 
     asyncio.run(run())
 

@@ -23,6 +23,7 @@ from decode.messages import (
 from experts.errors import ExpertsUnavailable
 from experts.local import LocalExperts
 from kernels.model.latent_cache import slots_of
+from kernels.model.step_watch import StepsFail
 from kernels.transport.errors import ChannelClosed
 from prefill.messages import HandedOver
 from tests.checkpoints import random_prompt
@@ -318,8 +319,12 @@ def test_a_step_without_end_shows_while_the_node_still_answers(stage, monkeypatc
     stage.now_s += stage.decode.config.step_s_max + 1
     assert not stage.decode.is_alive
     assert stage.decode.report().requests_running_count == 1
+    with pytest.raises(StepsFail, match="the process has to end"):
+        stage.decode.close()
+    with pytest.raises(ChannelClosed):
+        DOWN.send(stage.gateway.decode, AskReport())
     freed.set()
-    wait_until(stage.gateway, lambda: stage.decode.is_alive)
+    stage.decode._thread.join(10)
 
 
 def test_a_node_that_cannot_keep_its_books_leaves_so_that_all_see_it(stage, monkeypatch):
