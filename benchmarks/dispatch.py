@@ -57,7 +57,9 @@ class NoCheckpoint:
 def run_shard(name: str, address: str, placement: Placement) -> None:
     """A shard's process."""
     torch.set_num_threads(1)
-    shard = EchoingShard(ShardConfig(name, address, SECRET, f"{address}-weights"), NoCheckpoint(), torch.float32)
+    shard = EchoingShard(
+        ShardConfig(name, address, SECRET, f"{address}-weights"), NoCheckpoint(), torch.float32
+    )
     shard._holding = Holding(placement.epoch, dict.fromkeys(placement.experts_of(name), True), leaving={})
     shard._run()
 

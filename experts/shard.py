@@ -5,7 +5,8 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,7 @@ class ExpertShard:
         self._loading = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copies = HostCopies()
         self._holding = Holding()
+        self._compiled_count = 0
         self._arrived: list[Dispatch] = []
         self._dispatches_count = 0
         self._refused_count = 0
@@ -130,8 +132,10 @@ class ExpertShard:
         with torch.cuda.stream(self._loading):  # so that what is computed meanwhile does not wait
             loaded = self._loaded(missing, sources, on_progress)
             held |= loaded
-            if self._loading is not None and wanted and not before.epoch:
-                self._compile_for([held[expert] for expert in wanted if expert[0] == wanted[0][0]])
+            largest = largest_layer(wanted)
+            if len(largest) > self._compiled_count:  # as after a death: kernels are compiled by that number
+                self._compile_for([held[expert] for expert in largest])
+                self._compiled_count = len(largest)
         if self._loading is not None:
             self._hand_over(loaded)
         experts = {expert: held.pop(expert) for expert in wanted}
@@ -151,6 +155,8 @@ class ExpertShard:
 
     def _compile_for(self, experts: Sequence[GatedWeights]) -> None:
         """Compile before any node waits: that takes as long as a shard may be silent."""
+        if self._loading is None:
+            return
         size = self._checkpoint.config.hidden_size
         compile_expert_mlp(experts, torch.zeros(1, size, dtype=self._dtype, device=self._device))
 
@@ -273,13 +279,20 @@ class ExpertShard:
 
     def _refuse(self, channel: StreamChannel, header: DispatchHeader, reason: str) -> None:
         self._refused_count += 1
-        self._answer(channel, REFUSED, [header.call_id, reason])
+        with self._answering(channel):
+            channel.send(REFUSED, [header.call_id, reason])
 
-    def _answer(self, channel: StreamChannel, kind: str, body: list, parts: Sequence[Part] = ()) -> None:
+    @contextmanager
+    def _answering(self, channel: StreamChannel) -> Iterator[None]:
+        """Whatever comes in between, others are answered too: who is not sees its channel end."""
         try:
-            channel.send(kind, body, parts)
+            yield
         except ChannelError as error:
             logger.info("%s: %s did not wait for its answer: %s", self.config.name, channel.peer, error)
+        except Exception:
+            logger.exception("%s: %s could not be answered", self.config.name, channel.peer)
+            channel.close()
+            check_device(self._device)
 
     def _serve(self, layer: int, dispatches: list[Dispatch]) -> None:
         self._dispatches_count += len(dispatches)
@@ -296,8 +309,9 @@ class ExpertShard:
         end_s = time.monotonic()
         for dispatch, output in zip(dispatches, outputs, strict=True):
             on_device = dispatch.channel.carries_tensors
-            part = output if on_device else as_bytes(self._copies.begin(output).wait())
-            self._answer(dispatch.channel, COMBINE, [dispatch.header.call_id], [part])
+            with self._answering(dispatch.channel):
+                part = output if on_device else as_bytes(self._copies.begin(output).wait())
+                dispatch.channel.send(COMBINE, [dispatch.header.call_id], [part])
             if dispatch.header.traceparent:
                 self._note(dispatch.header, begin_s, end_s)
 
@@ -334,6 +348,14 @@ class ExpertShard:
         outputs = torch.empty_like(in_order)
         outputs[order] = in_order
         return list(outputs.split([dispatch.header.slots_count for dispatch in dispatches]))
+
+
+def largest_layer(experts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those (layer, expert) pairs of one layer that are most."""
+    by_layer: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for layer, expert in experts:
+        by_layer[layer].append((layer, expert))
+    return max(by_layer.values(), key=len, default=[])
 
 
 def weights_by_expert(dispatches: Sequence[Dispatch]) -> dict[int, GatedWeights]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import experts.shard
-from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader
+from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement, ShardAddress
 from experts.shard import ExpertShard
 from kernels.ops.sort_by_expert import sort_by_expert
 from kernels.transport.connect import connect
@@ -241,6 +241,39 @@ def test_a_node_that_did_not_wait_harms_nobody(shard, node, other, local):
     node.channel.close()
     step_until(shard, 2)
     assert torch.equal(other.hear(12), outputs_of(local, 1, hidden, ids))
+
+
+def test_an_answer_that_fails_ends_its_channel_and_others_are_answered(
+    shard, node, other, local, monkeypatch
+):
+    real = StreamChannel.send
+
+    def failing(channel, kind, body, parts=()):
+        if kind == COMBINE and channel.peer == "node":
+            raise MemoryError("no room for the answer")
+        real(channel, kind, body, parts)
+
+    hidden, ids, _ = drawn_tokens(3)
+    shard.step(0)
+    for one in (node, other):
+        one.say(1, hidden, ids)
+    monkeypatch.setattr(StreamChannel, "send", failing)
+    step_until(shard, 2)
+    assert torch.equal(other.hear(12), outputs_of(local, 1, hidden, ids))
+    with pytest.raises(ChannelError):
+        node.hear()
+
+
+def test_kernels_are_compiled_whenever_a_layer_has_more_experts_than_ever(shard_at, monkeypatch):
+    shard, counts = shard_at("a", memory_address()), []
+    monkeypatch.setattr(shard, "_loaded", lambda missing, *_: dict.fromkeys(missing))
+    monkeypatch.setattr(shard, "_compile_for", lambda held: counts.append(len(held)))
+    shards = (ShardAddress("a", shard.address), ShardAddress("b", "memory://b"))
+    for epoch, here_count in enumerate((0, 3, 40, 2, 40), 1):
+        few = tuple((int(expert >= here_count // 2),) for expert in range(64))
+        many = tuple((int(expert >= here_count),) for expert in range(64))
+        shard.adopt(Placement(epoch, 1, shards, (few, many)))
+    assert counts == [3, 40]
 
 
 def test_the_earlier_placement_works_until_every_node_goes_by_the_newer(shard, node, local):
