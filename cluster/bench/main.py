@@ -109,19 +109,21 @@ def show(settings: BenchSettings, reports: Sequence[Report]) -> None:
         aside.print(f"wrote {escape(str(output))}", soft_wrap=True, highlight=False)
 
 
-def status_of(reports: Sequence[Report]) -> int:
-    """How the process ends: 130 if interrupted, 1 if a cluster completed nothing."""
-    if any(report.was_interrupted for report in reports):
+def status_of(reports: Sequence[Report], left_out: Sequence[str]) -> int:
+    """How the process ends: 130 if interrupted in or before a run, 1 if a cluster completed nothing."""
+    if left_out or any(report.was_interrupted for report in reports):
         return INTERRUPTED_STATUS
     return 0 if all(report.outcomes.completed for report in reports) else 1
 
 
-async def bench_until_told(settings: BenchSettings, reports: list[Report]) -> None:
+async def bench_until_told(
+    settings: BenchSettings, targets: Sequence[tuple[str, Opening]], reports: list[Report]
+) -> None:
     """Run it all; whatever ends this process early ends the clusters that it started."""
     work, loop = asyncio.current_task(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, work.cancel)
-    await bench(settings, targets_of(settings), reports)
+    await bench(settings, targets, reports)
 
 
 def main(settings_json: str) -> None:
@@ -129,8 +131,9 @@ def main(settings_json: str) -> None:
     settings = from_json(settings_json)
     reports: list[Report] = []
     with told(settings.json_output):
+        targets = targets_of(settings)
         try:
-            asyncio.run(bench_until_told(settings, reports))
+            asyncio.run(bench_until_told(settings, targets, reports))
         except (KeyboardInterrupt, asyncio.CancelledError):
             raise typer.Exit(INTERRUPTED_STATUS) from None
         except Exception:
@@ -140,7 +143,10 @@ def main(settings_json: str) -> None:
             with told():  # stdout has its one JSON document
                 raise
         show(settings, reports)
-        raise typer.Exit(status_of(reports))
+        left_out = [name for name, _ in targets[len(reports) :]]
+        if left_out:
+            aside.print(f"[yellow]note[/] interrupted before {escape(', '.join(left_out))}", soft_wrap=True)
+        raise typer.Exit(status_of(reports, left_out))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from contextlib import asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -106,7 +108,22 @@ def test_an_interruption_reports_what_was_and_leaves_out_the_rest():
     assert [report.name for report in reports] == ["a", "hanging"]
     assert reports[1].was_interrupted
     assert reports[1].outcomes.cancelled == 10
-    assert status_of(reports) == 130
+    assert status_of(reports, ["b"]) == status_of(reports, []) == 130
+
+
+def test_an_interruption_while_a_later_cluster_starts_is_told(capsys, monkeypatch):
+    @asynccontextmanager
+    async def starting():
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(10)
+        yield
+
+    both = [*targets("a"), ("b", starting), *targets("c")]
+    monkeypatch.setattr(bench_main, "targets_of", lambda settings: both)
+    assert ended(BenchSettings(load=FAST, json_output=True)) == 130
+    said = capsys.readouterr()
+    assert [report["name"] for report in json.loads(said.out)["reports"]] == ["a"]
+    assert "interrupted before b, c" in said.err
 
 
 def test_names_are_told_apart(tmp_path):
