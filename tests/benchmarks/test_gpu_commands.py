@@ -1,4 +1,4 @@
-"""The commands that docs/gpu.md gives for a machine with a GPU: they hold all tests, and need what it says."""
+"""The commands that docs/gpu.md gives for a machine with a GPU hold all its tests, and need what it says."""
 
 import ast
 import re
