@@ -295,11 +295,13 @@ class PrefillNode:
             with self._lock:  # so that no report misses a request between waiting and running
                 self.batcher.begin(request)
             self.cached_tokens_count += request.cached_tokens_count
-            request.queued_counts = [0] * self._model.layers_count
+            if not request.ends_at_once:
+                request.queued_counts = [0] * self._model.layers_count
 
     def _may_go(self, request: PrefillRequest) -> bool:
-        """Whether a prompt's next latents can be queued once they are computed."""
-        return request.is_prefix_queued and self.outbox.has_room(request.asked.decode_address)
+        """Whether a prompt's next latents can be queued once they are computed, or nobody wants them."""
+        has_room = not request.queued_counts or self.outbox.has_room(request.asked.decode_address)
+        return request.is_prefix_queued and has_room
 
     def _queue_cached(self, request: PrefillRequest) -> int:
         """Queue layers of a known prefix as far as there is room for them; how many."""
@@ -314,7 +316,9 @@ class PrefillNode:
         return layer - first
 
     def _queue_computed(self, chunk: Chunk, layer: int, latents: torch.Tensor) -> None:
-        begin = max(chunk.begin, chunk.request.queued_counts[layer])  # a step that failed had come so far
+        if not (queued_counts := chunk.request.queued_counts):
+            return
+        begin = max(chunk.begin, queued_counts[layer])  # a step that failed may have come further
         if begin < chunk.end:
             self._queue(chunk.request, layer, begin, chunk.end, latents[begin - chunk.begin :])
 
@@ -361,6 +365,8 @@ class PrefillNode:
             with self._lock:
                 self._in_transfer[request.key] = request
             self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
+        else:
+            request.is_dropped = True  # what of it still waits in the outbox is of use to nobody
         request.note(self.spans)
 
     def _drop(self, request: PrefillRequest) -> None:

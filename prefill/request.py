@@ -21,7 +21,7 @@ class PrefillRequest:
     cached_tokens_count: int = 0
     tokens_done_count: int = 0
     queued_counts: list[int] = field(default_factory=list)
-    """Tokens of each layer whose latents are on their way; none where its decode node wants no latents."""
+    """Tokens of each layer whose latents are on their way; no entries where no latents are wanted."""
     begun_s: float = 0.0
     computed_s: float = 0.0
     last_step: int = 0
@@ -31,7 +31,7 @@ class PrefillRequest:
     place: str = UNTRACED
     """That of its prefill in its trace."""
     is_dropped: bool = False
-    """Whether it was cancelled or has failed, so that nothing more of it is sent or told."""
+    """Whether it has ended here, for whatever reason, so that nothing more of it is sent or told."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -52,6 +52,11 @@ class PrefillRequest:
     def outputs_count(self) -> int:
         """Tokens of it that earlier attempts have brought; also the index of the token to come."""
         return len(self.asked.token_ids) - self.asked.prompt_tokens_count
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether its first token is its last for certain, so that its decode node wants no latents."""
+        return self.outputs_count + 1 >= self.asked.sampling.tokens_max
 
     @property
     def is_prefix_queued(self) -> bool:

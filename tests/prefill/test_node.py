@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from decode.messages import DOWN as DECODE_DOWN
-from decode.messages import LENGTH, CancelRequest, LatentsReceived, PageReservation, TokenChunks
+from decode.messages import LENGTH, STOP, CancelRequest, LatentsReceived, PageReservation, TokenChunks
 from decode.messages import UP as DECODE_UP
 from experts.errors import ExpertsUnavailable
 from experts.local import LocalExperts
@@ -131,12 +131,32 @@ def test_a_known_prefix_waits_for_its_decode_node_without_holding_up_others(stag
 def test_a_request_that_ends_with_its_first_token_is_not_handed_over(stage):
     first = computed(stage, "a", prompt(70), ONE)
     assert first.chunk.finish_reason == LENGTH
+    assert stage.prefill.outbox.sent_bytes == 0
     assert stage.gateway.heard(HandedOver) == []
     assert stage.prefill.report().requests_running_count == 0
     assert len(stage.decode.inbox) == 1, "its reservation ends with the gateway's word"
     stage.gateway.cancel("a")
     stage.settle()
     stage.assert_all_free()
+
+
+def test_a_later_attempt_that_lacks_one_token_sends_no_latents_either(stage):
+    computed(stage, "a", prompt(200))
+    whole = stage.gateway.tokens("a")
+    sent_bytes = stage.prefill.outbox.sent_bytes
+    stage.gateway.ask("b", prompt(200) + whole[:-1], generation=2, prompt_tokens_count=200)
+    stage.settle()
+    assert (stage.gateway.tokens("b"), stage.prefill.outbox.sent_bytes) == (whole[-1:], sent_bytes)
+
+
+def test_latents_that_wait_are_not_sent_once_the_first_token_has_ended_a_prompt(stage, monkeypatch):
+    token_id = computed(stage, "a", prompt(100)).chunk.token_ids[0]
+    sent_bytes = stage.prefill.outbox.sent_bytes
+    with monkeypatch.context() as blocked:
+        blocked.setattr(stage.prefill.outbox, "_takes", lambda line, parcel: False)
+        ended = computed(stage, "b", prompt(100), replace(GREEDY, stop_token_ids=(token_id,)))
+    stage.prefill.outbox.send_all()
+    assert (ended.chunk.finish_reason, stage.prefill.outbox.sent_bytes) == (STOP, sent_bytes)
 
 
 def test_prompts_wait_for_pages_by_priority(make_stage):
