@@ -19,12 +19,14 @@ from decode.messages import (
 from decode.request import DecodeRequest
 from kernels.model.host_copies import host_memory
 from kernels.model.latent_cache import LatentCache, page_runs
-from kernels.model.pages import pages_for
+from kernels.model.pages import PagesLost, pages_for
 from kernels.transport.channel import Channel
 from kernels.transport.frame import Part
 from kernels.transport.tensors import NAMES, as_bytes
 
 logger = logging.getLogger(__name__)
+
+STRANDED_SHARE_MAX = 0.1
 
 
 class Arriving:
@@ -64,6 +66,7 @@ class Inbox:
         self._lock = threading.RLock()
         self._waiting: dict[str, DecodeRequest] = {}
         self._receiving: dict[Channel, Arriving] = {}
+        self._stranded: list[tuple[Channel, DecodeRequest]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -177,13 +180,13 @@ class Inbox:
     def channel_closed(self, channel: Channel) -> list[DecodeRequest]:
         """End the frame that a closed channel was in; forget and return the requests it left unfinished.
 
-        Pages that a GPU may still write a frame to are leased for ever: they could be another request's.
+        Pages that a GPU may still write a frame to stay leased: they could be another request's.
         """
         with self._lock:
             if channel in self._receiving and channel.is_quiet:
                 self._stop_receiving(channel)
             elif channel in self._receiving:
-                self._keep_pages(channel)
+                self._strand(channel)
             brought = [request for request in self._waiting.values() if request.prefill is channel]
             unfinished = [request for request in brought if not request.is_complete]
             for request in unfinished:
@@ -198,8 +201,12 @@ class Inbox:
                     self._waiting[request_id].lease_end_s = self._clock() + self._lease_s
 
     def sweep(self) -> list[DecodeRequest]:
-        """Free what nobody has extended in time, and return it."""
+        """Free what nobody has extended in time, and return it; and pages that no GPU writes to any more."""
         with self._lock:
+            quiet = [request for channel, request in self._stranded if channel.is_quiet]
+            self._stranded = [pair for pair in self._stranded if pair[1] not in quiet]
+            for request in quiet:
+                self._end_frame(request)
             now_s = self._clock()
             ended = [request for request in self._waiting.values() if request.lease_end_s < now_s]
             for request in ended:
@@ -215,6 +222,15 @@ class Inbox:
         """Raises PagesLost if the ledger does not balance."""
         with self._lock:
             self._cache.pool.check()
+
+    def check_stranded(self) -> None:
+        """Raises PagesLost if GPUs have kept more pages than can be missed for longer than a lease lasts."""
+        with self._lock:
+            now_s = self._clock()
+            late = [request for _, request in self._stranded if request.lease_end_s < now_s]
+            pages_count = sum(len(request.pages) for request in late)
+        if pages_count > STRANDED_SHARE_MAX * self._cache.pool.pages_count:
+            raise PagesLost(f"other GPUs may still write to {pages_count} pages that nobody uses")
 
     def _fits(self, request: DecodeRequest, channel: Channel, latents: Latents, payload_bytes: int) -> bool:
         tokens_count = latents.end - latents.begin
@@ -238,17 +254,20 @@ class Inbox:
             self._cache.pool.release(request.pages)
         return True
 
-    def _keep_pages(self, channel: Channel) -> None:
+    def _strand(self, channel: Channel) -> None:
         request = self._receiving.pop(channel).request  # which goes on to count as receiving
+        self._stranded.append((channel, request))
         logger.error(
-            "%d pages of %s stay leased until the process ends: the GPU of %s may still write to them",
+            "%d pages of %s stay leased as long as the GPU of %s may write to them",
             len(request.pages),
             request.asked.request_id,
             channel.peer,
         )
 
     def _stop_receiving(self, channel: Channel) -> None:
-        request = self._receiving.pop(channel).request
+        self._end_frame(self._receiving.pop(channel).request)
+
+    def _end_frame(self, request: DecodeRequest) -> None:
         request.receiving_count -= 1
         if request.cancelled and request.receiving_count == 0:
             self._cache.pool.release(request.pages)

@@ -283,6 +283,7 @@ class DecodeNode:
         if now_s < self._swept_s + SWEEP_S:
             return
         self._swept_s = now_s
+        self.inbox.check_stranded()
         with self._lock:
             extended, self._extended = self._extended, set()
         everyone = self.batcher.everyone()
