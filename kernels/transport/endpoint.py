@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 FRAMES_PER_TURN = 16  # of one channel before the next has its turn
 SWEEP_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
+STRANGERS_MAX = 256  # peers that have said no hello yet; each has descriptors
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -45,10 +46,10 @@ class Endpoint:
     """Watches one listener and any number of channels, in its own thread or polled by its owner.
 
     A peer that breaks the protocol loses its channel and nothing else; a peer that falls silent inside
-    a frame for `stall_s` is dropped, one that has not said hello in that time likewise. The callbacks run in
-    the thread that polls, one at a time: `on_frame` may raise a FrameError to have the peer dropped, and
-    `on_closed` is told of every channel that ended, by whichever side, before the endpoint itself did, once
-    GPUs have let go of the channel's memory or had the time to.
+    a frame for `stall_s` is dropped, one that has not said hello in that time likewise, and sooner where
+    there are many. The callbacks run in the thread that polls, one at a time: `on_frame` may raise a
+    FrameError to have the peer dropped, and `on_closed` is told of every channel that ended, by whichever
+    side, before the endpoint itself did, once GPUs have let go of its memory or had the time to.
     """
 
     def __init__(
@@ -190,6 +191,16 @@ class Endpoint:
             self._selector.unregister(self._listener)
             self._listening = False
         self._watch_joining()
+        self._bound_strangers()
+
+    def _bound_strangers(self) -> None:
+        """Drop the oldest peers above the limit whose hello is not here either."""
+        strangers = [channel for channel in self._channels if not channel.peer]
+        strangers.sort(key=lambda channel: channel.began_s)
+        for channel in strangers[:-STRANGERS_MAX]:
+            self._serve(channel, READ)
+            if channel in self._channels and not channel.peer:
+                self._refuse(channel, HelloRefused(f"over {STRANGERS_MAX} peers have said no hello yet"))
 
     def _adopt(self, channel: StreamChannel) -> bool:
         """Take a channel on; False, and the channel released, where the endpoint is closing."""

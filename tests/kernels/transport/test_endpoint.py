@@ -167,6 +167,26 @@ def test_half_a_frame_and_then_silence_is_dropped(address, make_peer, make_chann
     peer.poll_until(lambda: peer.frames)
 
 
+def test_many_who_say_nothing_are_not_kept_and_those_with_a_hello_are(
+    address, make_peer, make_channel, monkeypatch
+):
+    monkeypatch.setattr("kernels.transport.endpoint.STRANGERS_MAX", 8)
+    peer = make_peer(address)
+    early = [make_channel(peer.address) for _ in range(10)]  # more than may be strangers, all with a hello
+    silent = [dial(peer.address, WAIT_S) for _ in range(30)]
+    good = make_channel(peer.address)
+    good.send("here")
+    peer.poll_until(lambda: peer.frames)
+    assert peer.frames[0][0].peer == "guest"
+    assert len([channel for channel in peer.endpoint._channels if not channel.peer]) <= 8
+    assert len([channel for channel in peer.endpoint._channels if channel.peer]) == len(early) + 1
+    assert len(silent) - 8 <= peer.counts.refused_peers_count <= len(silent)
+    for sock in silent:
+        sock.close()
+    early[0].send("still here")
+    peer.poll_until(lambda: len(peer.frames) == 2)
+
+
 def test_a_hello_that_drips_is_dropped_in_the_same_time(make_peer, caplog):
     peer = make_peer("tcp://127.0.0.1:0", stall_s=STALL_S)
     sock = dial(peer.address, WAIT_S)
