@@ -132,6 +132,7 @@ class DecodeNode:
     def report(self) -> NodeReport:
         """Numbers about this node; safe from any thread."""
         pool = self.cache.pool
+        refused_count = sum(endpoint.counts.refused_peers_count for endpoint in self.endpoints)
         with self._lock:
             running_count = self.batcher.requests_running_count
             waiting_count = self.batcher.requests_waiting_count + len(self.inbox)
@@ -151,7 +152,7 @@ class DecodeNode:
             tokens_count=self.tokens_count,
             steps_count=self.steps_count,
             experts_epoch=self.experts_epoch(),
-            refused_frames_count=self.inbox.refused_count + self.endpoint.counts.refused_peers_count,
+            refused_frames_count=self.inbox.refused_count + refused_count,
             failures=failures,
             busy_s=self.busy_s,
             latents_bytes=self.latents_bytes,

@@ -575,3 +575,12 @@ def test_what_a_peer_must_not_say_costs_it_its_channel_alone(stage, expected):
     assert stage.gateway.tokens("a") == expected[200]
     assert stage.decode.endpoint.counts.refused_peers_count == 1
     assert torch.isfinite(stage.decode.cache.latents).any()
+
+
+def test_peers_are_counted_that_are_refused_where_latents_arrive(make_stage):
+    stage = make_stage(latents_address="memory://latents-alone")
+    stranger = stage.gateway.endpoint.connect(stage.decode.endpoints[-1].address)
+    before_count = stage.decode.report().refused_frames_count
+    stranger.send("Latents", {"request_id": 5}, [memoryview(b"x" * 100)])
+    stage.settle()
+    assert stage.decode.report().refused_frames_count == before_count + 1
