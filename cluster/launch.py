@@ -63,7 +63,7 @@ class Cluster:
         check_model(self.config)
         check_surroundings(self.config)
         on_stage("starting Ray")
-        self.dashboard = pools.start_ray(self.config.dashboard.enabled, self.config.dashboard.port).dashboard
+        self.dashboard = pools.start_ray(self.config.dashboard.enabled, self.config.dashboard.port)
         on_stage("starting the pools")
         self._is_deployed = True
         pools.deploy(make_place(self.config, self.sockets_folder))

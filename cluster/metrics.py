@@ -55,12 +55,12 @@ def exposition(metrics: Iterable[Metric], accept: str) -> tuple[bytes, str]:
     return generate_latest(collected), CONTENT_TYPE_PLAIN_0_0_4
 
 
-def mirrored(metrics: Iterable[Metric]) -> Iterator[tuple[str, str, dict[str, str], float]]:
-    """(name, kind, labels, value) of every sample but aliases, for an exporter of gauges alone."""
+def mirrored(metrics: Iterable[Metric]) -> Iterator[tuple[str, dict[str, str], float]]:
+    """(name, labels, value) of every sample but aliases, for an exporter of gauges alone."""
     for metric in metrics:
         for sample in metric.samples:
             if ":" not in sample.name:
-                yield sample.name, metric.type, sample.labels, sample.value
+                yield sample.name, sample.labels, sample.value
 
 
 class _Collected:

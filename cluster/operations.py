@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
+from dataclasses import asdict
 from typing import Any
 
 from cluster.http_server import Application, LastingServer
 from cluster.membership import Membership, View
 from cluster.metrics import exposition, families, mirrored
 from cluster.place import Place
-from cluster.pools_page import pools_application, pools_json
+from cluster.pools_page import pools_application
 from cluster.scaler import Scaler
 from cluster.stats_line import stats_line
 
@@ -67,7 +68,7 @@ class Operations:
         return pools_application(self._token, self._read, self._act, self._metrics)
 
     async def _read(self) -> dict[str, Any]:
-        return pools_json(self._scaler.report())
+        return asdict(self._scaler.report())
 
     async def _act(self, kind: str, verb: str, count: int | None) -> None:
         """Do what a person asks on the page; raises TriviumError."""

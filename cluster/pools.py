@@ -11,7 +11,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,13 @@ REVISION_TIMEOUT_S = 150.0
 REVISION_POLL_S = 1.0
 
 
-@dataclass(frozen=True)
-class RayAddresses:
-    """Where Ray's own services are; `dashboard` is empty where it is switched off."""
+def start_ray(dashboard: bool, dashboard_port: int) -> str:
+    """Start a Ray cluster on this host, or join the one that RAY_ADDRESS names; raises InvalidConfig.
 
-    dashboard: str
-
-
-def start_ray(dashboard: bool, dashboard_port: int) -> RayAddresses:
-    """Start a Ray cluster on this host, or join the one that RAY_ADDRESS names; raises InvalidConfig."""
+    Returns where its dashboard is; empty where it is switched off.
+    """
     if ray.is_initialized():
-        return RayAddresses("")
+        return ""
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     own = {
@@ -75,7 +70,7 @@ def start_ray(dashboard: bool, dashboard_port: int) -> RayAddresses:
             remedy="Correct RAY_ADDRESS, or leave it out to start a Ray of its own.",
         ) from error
     signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put a handler of its own there
-    return RayAddresses(context.dashboard_url or "")
+    return context.dashboard_url or ""
 
 
 def joins_existing() -> bool:
@@ -182,9 +177,9 @@ class RayWindow:
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
 
-    def publish(self, samples: Iterable[tuple[str, str, dict[str, str], float]]) -> None:
-        """Give Ray's exporter the newest (name, kind, labels, value), all as gauges called `ray_…`."""
-        for name, _, labels, value in samples:
+    def publish(self, samples: Iterable[tuple[str, dict[str, str], float]]) -> None:
+        """Give Ray's exporter the newest (name, labels, value), all as gauges called `ray_…`."""
+        for name, labels, value in samples:
             if name not in self._gauges:
                 self._gauges[name] = Gauge(name, tag_keys=tuple(labels))
             self._gauges[name].set(value, labels)

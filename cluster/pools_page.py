@@ -19,7 +19,6 @@ import platform
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,7 +27,6 @@ from aiohttp import web
 
 from cluster.errors import Internal, InvalidRequest, TriviumError, Unauthenticated
 from cluster.http_server import Metrics
-from cluster.scaling import PoolsReport
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +71,6 @@ def pools_application(token: str, read: Read, act: Act, metrics: Metrics) -> web
     app.router.add_get("/api/pools", doors.pools)
     app.router.add_post("/api/pools/{kind}", doors.change)
     return app
-
-
-def pools_json(report: PoolsReport) -> dict[str, Any]:
-    """A report as the page reads it: plain values."""
-    return asdict(report)
 
 
 class Doors:

@@ -34,11 +34,10 @@ class DashboardAccess:
 
 @dataclass(frozen=True)
 class PoolTarget:
-    """What Serve has for a pool: the number it aims at, and actors by state."""
+    """What Serve has for a pool: the number it aims at, and actors on their way in and out."""
 
     target_count: int
     starting_count: int
-    running_count: int
     stopping_count: int
 
 
@@ -91,7 +90,7 @@ class RayDashboard:
 def read_target(deployment: dict[str, Any]) -> PoolTarget:
     """One deployment as the server describes it; raises KeyError for what is no description."""
     states = [STATES.get(replica["state"], STARTING) for replica in deployment["replicas"]]
-    counts = (states.count(state) for state in (STARTING, RUNNING, STOPPING))
+    counts = (states.count(state) for state in (STARTING, STOPPING))
     return PoolTarget(int(deployment["target_num_replicas"]), *counts)
 
 

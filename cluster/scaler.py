@@ -67,7 +67,7 @@ class Scaler:
         now_s = time.monotonic()
         view = self._membership.view(now_s)
         counts = Counter(member.pool or member.kind for member in view.members)
-        targets = {kind: PoolTarget(count, 0, count, 0) for kind, count in counts.items()}
+        targets = {kind: PoolTarget(count, 0, 0) for kind, count in counts.items()}
         self.autoscaler.observe(self._readings.read(view, targets, self._slowness(), now_s), now_s)
 
     async def _look(self, server: RayDashboard, targets: Mapping[str, PoolTarget]) -> None:

@@ -44,9 +44,7 @@ def ray(monkeypatch) -> list:
     """Pools that only note what they are told."""
     said: list = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(
-        launch.pools, "start_ray", lambda *_: said.append("start") or launch.pools.RayAddresses("")
-    )
+    monkeypatch.setattr(launch.pools, "start_ray", lambda *_: said.append("start") or "")
     monkeypatch.setattr(launch.pools, "deploy", lambda _: said.append("deploy"))
     monkeypatch.setattr(launch.pools, "stop", lambda is_deployed: said.append(("stop", is_deployed)))
     monkeypatch.setattr(launch.pools, "problems", list)

@@ -26,11 +26,11 @@ def shard(name: str, busy_s: float) -> Member:
 
 
 def gateway(**numbers: object) -> Member:
-    return Member("gateway-1", "gateway", "", report=GatewayReport("gateway-1", **numbers))
+    return Member("gateway-1", "gateway", "", report=GatewayReport(**numbers))
 
 
 def targets(**counts: int) -> dict[str, PoolTarget]:
-    return {kind: PoolTarget(count, 0, count, 0) for kind, count in counts.items()}
+    return {kind: PoolTarget(count, 0, 0) for kind, count in counts.items()}
 
 
 def look(

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from cluster.autoscaler import Autoscaler
 from cluster.errors import NodeUnavailable
-from cluster.pools_page import PAGE, is_trusted_host, pools_application, pools_json
+from cluster.pools_page import PAGE, is_trusted_host, pools_application
 from cluster.scaling import AutoscalerConfig, PoolLimits, PoolReading
 from tests.cluster.browser import chromium, opened
 
@@ -57,7 +58,7 @@ class House:
     async def read(self) -> Any:
         self.now_s += 0.7
         self.look()
-        return pools_json(self.autoscaler.report(self.now_s))
+        return asdict(self.autoscaler.report(self.now_s))
 
     async def act(self, kind: str, verb: str, count: int | None) -> None:
         if kind == "experts" and verb == "set":

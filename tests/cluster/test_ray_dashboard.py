@@ -21,8 +21,8 @@ def test_targets_are_counted_by_state():
         ):
             ray.states["decode"] = ["RUNNING", "PENDING_MIGRATION", "STARTING", "STOPPING", "UPDATING"]
             assert await ours.targets() == {
-                "decode": PoolTarget(4, starting_count=2, running_count=2, stopping_count=1),
-                "prefill": PoolTarget(1, starting_count=0, running_count=1, stopping_count=0),
+                "decode": PoolTarget(4, starting_count=2, stopping_count=1),
+                "prefill": PoolTarget(1, starting_count=0, stopping_count=0),
             }
 
     asyncio.run(ask())
@@ -30,7 +30,7 @@ def test_targets_are_counted_by_state():
 
 def test_a_state_that_nobody_knows_is_no_node_yet():
     told = {"target_num_replicas": 1, "replicas": [{"state": "A_NEW_ONE"}]}
-    assert read_target(told) == PoolTarget(1, 1, 0, 0)
+    assert read_target(told) == PoolTarget(1, 1, 0)
 
 
 def test_scaling_is_asked_for_as_ray_wants_it():
