@@ -189,10 +189,14 @@ def listen(address: str) -> Listener:
 
 def connect(address: str, secret: str, name: str, timeout_s: float = 5.0) -> StreamChannel:
     """A channel to the listener at `address`, our hello sent; raises ConnectFailed, DeviceUnavailable."""
-    scheme, _ = split(address)
-    link = LINKS[scheme]() if scheme in LINKS else None
     hello = {"version": PROTOCOL_VERSION, "secret": secret, "name": name}
-    channel = channel_over(dial(address, timeout_s), link)
+    try:
+        link = link_for(address)
+        channel = channel_over(dial(address, timeout_s), link)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, ChannelError):
+            raise
+        raise ConnectFailed(f"no channel to {address} could be made here ({type(error).__name__})") from error
     try:
         if isinstance(channel, DeviceChannel):
             channel.greet(hello)
@@ -209,8 +213,11 @@ def connect(address: str, secret: str, name: str, timeout_s: float = 5.0) -> Str
 
 def accepted(sock: socket.socket, address: str) -> StreamChannel:
     """The channel of a peer that knocked at `address` and has yet to say hello; raises OSError."""
-    scheme, _ = split(address)
-    return channel_over(sock, LINKS[scheme]() if scheme in LINKS else None, HELLO_LIMITS)
+    try:
+        return channel_over(sock, link_for(address), HELLO_LIMITS)
+    except (OSError, RuntimeError) as error:
+        sock.close()
+        raise OSError(f"no channel at {address} could be made ({type(error).__name__})") from error
 
 
 def welcome(channel: StreamChannel, hello: Frame, secret: str, limits: FrameLimits) -> None:
@@ -220,6 +227,12 @@ def welcome(channel: StreamChannel, hello: Frame, secret: str, limits: FrameLimi
     if isinstance(channel, DeviceChannel):
         channel.welcome(hello.body)
     channel.peer = name
+
+
+def link_for(address: str) -> DeviceLink | None:
+    """What is to join GPUs under a channel of this scheme; raises DeviceUnavailable, and errors of CUDA."""
+    scheme, _ = split(address)
+    return LINKS[scheme]() if scheme in LINKS else None
 
 
 def channel_over(

@@ -1,7 +1,9 @@
 """Parts from GPU to GPU, over a stand-in: order, sizes, refusals, deaths, and no hang without a name."""
 
 import contextlib
+import errno
 import logging
+import os
 import random
 import threading
 import time
@@ -19,6 +21,7 @@ from kernels.transport.errors import (
     ChannelClosed,
     ChannelStalled,
     ChannelTimeout,
+    ConnectFailed,
     DeviceLinkFailed,
     DeviceTransferFailed,
     FrameMalformed,
@@ -495,6 +498,37 @@ def test_a_hello_without_an_offer_of_use_is_refused(behaviour, offer):
         with pytest.raises(HelloRefused):
             welcome(there, frame, SECRET, FrameLimits())
         assert there.peer == ""
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+NO_MEMORY = RuntimeError("CUDA error: out of memory\n/a/path/in/its/words")
+NO_DESCRIPTOR = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("link", NO_MEMORY), ("doorbell", NO_DESCRIPTOR)],
+)
+def test_who_cannot_make_a_channel_says_so_and_keeps_no_socket(behaviour, monkeypatch, where, error):
+    with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
+        dialled = dial(listener.address, WAIT_S)
+        knocked = listener.accept()
+        with contextlib.closing(dialled), monkeypatch.context() as scarce:
+            if where == "link":
+                scarce.setitem(LINKS, "nccl", raising(error))
+            else:
+                scarce.setattr(device_wire, "Doorbell", raising(error))
+            with pytest.raises(ConnectFailed, match=type(error).__name__):
+                connect(listener.address, SECRET, "me")
+            with pytest.raises(OSError, match=type(error).__name__):
+                accepted(knocked, listener.address)
+            assert knocked.fileno() == -1
 
 
 def test_who_is_turned_away_is_told_by_the_end(behaviour):
