@@ -14,6 +14,7 @@ from decode.messages import SamplingParameters
 Value = TypeVar("Value")
 
 TEMPERATURE_MAX = 100.0
+REPETITION_PENALTY_MIN = 0.01  # less makes logits that float32 cannot hold
 REPETITION_PENALTY_MAX = 10.0
 PENALTY_MAX = 2.0
 SEED_MAX = 2**64 - 1
@@ -143,7 +144,7 @@ def _check_numbers(sampling: RequestedSampling) -> None:
     _check_real("min_p", sampling.min_p, 0.0, 1.0)
     _check_whole("seed", sampling.seed, 0, SEED_MAX)
     _check_real(
-        "repetition_penalty", sampling.repetition_penalty, 0.0, REPETITION_PENALTY_MAX, open_below=True
+        "repetition_penalty", sampling.repetition_penalty, REPETITION_PENALTY_MIN, REPETITION_PENALTY_MAX
     )
     _check_real("presence_penalty", sampling.presence_penalty, -PENALTY_MAX, PENALTY_MAX)
     _check_real("frequency_penalty", sampling.frequency_penalty, -PENALTY_MAX, PENALTY_MAX)

@@ -90,7 +90,7 @@ def test_all_that_is_asked_for_arrives():
         ("seed", "seed", [0, 2**64 - 1], [-1, 2**64]),
         ("tokens_max", "max_tokens", [1, 29], [0, -1, 30]),
         ("tokens_min", "min_tokens", [0, 8], [-1, 30]),
-        ("repetition_penalty", "repetition_penalty", [0.01, 10.0], [0.0, -1.0, 10.1]),
+        ("repetition_penalty", "repetition_penalty", [0.01, 10.0], [1e-39, 0.0099, 0.0, -1.0, 10.1]),
         ("presence_penalty", "presence_penalty", [-2.0, 2.0], [-2.1, 2.1]),
         ("frequency_penalty", "frequency_penalty", [-2.0, 2.0], [-2.1, 2.1]),
         ("logprobs_count", "logprobs", [0, 20], [-1, 21]),
