@@ -29,7 +29,7 @@ from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
 from kernels.transport.connect import is_between_devices
 from kernels.transport.endpoint import Endpoint
-from kernels.transport.errors import ChannelError
+from kernels.transport.errors import AddressInvalid, ChannelError
 from kernels.transport.frame import Frame
 from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from prefill.batcher import PrefillBatcher
@@ -282,6 +282,10 @@ class PrefillNode:
             return f"the prompt has {len(token_ids)} tokens, more than the {pages_count} pages here hold"
         if min(token_ids) < 0 or max(token_ids) >= self._model.vocab_size:
             return f"the prompt holds token ids outside 0 to {self._model.vocab_size - 1}"
+        try:
+            is_between_devices(request.asked.decode_address)
+        except AddressInvalid as error:
+            return f"its decode node cannot be reached: {error}"
         return None
 
     def _begin_waiting(self) -> None:

@@ -172,17 +172,18 @@ def test_prompts_wait_for_pages_by_priority(make_stage):
 
 
 BAD_PROMPTS = {
-    "no token": [],
-    "a token beyond the vocabulary": [5, 512],
-    "a negative token": [5, -1],
-    "more than all pages hold": [5] * (24 * 64 + 1),
+    "no token": ([], None),
+    "a token beyond the vocabulary": ([5, 512], None),
+    "a negative token": ([5, -1], None),
+    "more than all pages hold": ([5] * (24 * 64 + 1), None),
+    "no address of a decode node": ([5] * 200, "carrier-pigeon://roof"),
 }
 
 
-@pytest.mark.parametrize("bad", BAD_PROMPTS.values(), ids=BAD_PROMPTS)
-def test_a_prompt_that_can_never_be_computed_is_refused_and_spoils_nobodys_step(stage, bad):
+@pytest.mark.parametrize(("bad", "address"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_a_prompt_that_can_never_be_computed_is_refused_and_spoils_nobodys_step(stage, bad, address):
     stage.gateway.ask("good", prompt(200))
-    address = stage.decode.endpoint.address
+    address = address or stage.decode.endpoint.address
     DOWN.send(stage.gateway.prefill, PrefillPrompt("bad", 1, tuple(bad), len(bad), GREEDY, address))
     stage.settle()
     assert stage.gateway.failures() == [("bad", "invalid_prompt", False)]
