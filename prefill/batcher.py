@@ -74,15 +74,13 @@ class PrefillBatcher:
         """Have each prompt take its next step alone: a step of all of them failed, and one may be why."""
         self._suspects = [chunk.request for chunk in chunks]
 
-    def finish(self, chunks: list[Chunk]) -> list[PrefillRequest]:
+    def finish(self, chunks: list[Chunk]) -> None:
         """Note that chunks were computed; the prompts that are complete with them leave."""
         self._steps_count += 1
         for chunk in chunks:
             chunk.request.tokens_done_count = chunk.end
             chunk.request.last_step = self._steps_count
-        complete = [chunk.request for chunk in chunks if chunk.is_last]
         self._running = [request for request in self._running if request.tokens_left_count]
-        return complete
 
     def remove(self, request: PrefillRequest) -> None:
         """Take a prompt out that was cancelled or failed."""
