@@ -21,7 +21,7 @@ from kernels.transport.errors import (
     FrameMalformed,
     HelloRefused,
 )
-from kernels.transport.nccl import Stream, blaming, current_gpu, gpu_name, mark, on_gpu, runtime
+from kernels.transport.nccl import Posted, Stream, blaming, current_gpu, gpu_name, mark, on_gpu, runtime
 
 WINDOW_BYTES = 32 << 20
 HANDLE_BYTES = 64
@@ -140,14 +140,14 @@ class CudaIpcLink:
             self._memory.give_back(*window)
         return True
 
-    def fill(self, chunk: Sequence[torch.Tensor], after: Any) -> Any:
+    def fill(self, chunk: Sequence[torch.Tensor], after: Any) -> Posted:
         """Begin to copy a chunk into our window."""
         with self._lock:
             if self._window is None:
                 raise DeviceTransferFailed("the windows are given up")
             return self._copy([(room, piece) for room, piece in beside(self._window[0], chunk)], after)
 
-    def empty(self, chunk: Sequence[torch.Tensor], after: Any) -> Any:
+    def empty(self, chunk: Sequence[torch.Tensor], after: Any) -> Posted:
         """Begin to copy a chunk out of the peer's window."""
         with self._lock:
             if self._theirs is None:
@@ -164,10 +164,10 @@ class CudaIpcLink:
         self.their_taken_count += 1
         self._tell(TAKEN)
 
-    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
+    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Posted:
         # tensors made in inference mode let nobody outside it write them, and the mode is a thread's own
         with blaming(DeviceTransferFailed, "the GPU refused a copy"), torch.inference_mode():
-            return self._memory.copy(pairs, after)
+            return Posted(self._memory.copy(pairs, after))
 
     def _accept(self, offer: Any) -> None:
         match offer:
@@ -186,7 +186,7 @@ class Passing:
         self._link = link
         self._chunks = chunks
         self._after = after
-        self._copied: Any = None
+        self._copied: Posted | None = None
 
 
 class Giving(Passing):
@@ -195,7 +195,7 @@ class Giving(Passing):
     def is_done(self) -> bool:
         """Whether the peer has taken the last chunk; raises DeviceTransferFailed."""
         link = self._link
-        if self._copied is not None and is_past(self._copied):
+        if self._copied is not None and self._copied.is_done():
             self._copied = None
             link.given()
         if self._copied is not None or link.taken_count < link.given_count:
@@ -212,7 +212,7 @@ class Taking(Passing):
     def is_done(self) -> bool:
         """Whether the last chunk is here; raises DeviceTransferFailed."""
         link = self._link
-        if self._copied is not None and is_past(self._copied):
+        if self._copied is not None and self._copied.is_done():
             self._copied = None
             link.taken()
         if self._copied is None and self._chunks and link.their_taken_count < link.their_given_count:
@@ -292,12 +292,6 @@ class WindowArray:
             "strides": None,
             "version": 3,
         }
-
-
-def is_past(copied: Any) -> bool:
-    """Whether the GPU has done a copy; raises DeviceTransferFailed."""
-    with blaming(DeviceTransferFailed, "the GPU reports an error"):
-        return copied.query()
 
 
 def chunks_of(pieces: Sequence[torch.Tensor]) -> deque[list[torch.Tensor]]:

@@ -230,7 +230,7 @@ class Way:
 
 
 class Posted:
-    """A transfer that is over when the stream has come past it."""
+    """A transfer, or a part of one, that is over when the stream has come past it."""
 
     def __init__(self, event: torch.cuda.Event):
         self._event = event
