@@ -38,7 +38,6 @@ class EndpointCounts:
     """What an endpoint has seen since it began."""
 
     frames_count: int = 0
-    refused_frames_count: int = 0
     refused_peers_count: int = 0
 
 
@@ -284,7 +283,6 @@ class Endpoint:
             if frame is None:
                 return
             self.counts.frames_count += 1
-            self.counts.refused_frames_count += frame.refused
             self._hand_on(channel, frame)
 
     def _hand_on(self, channel: StreamChannel, frame: Frame) -> None:
