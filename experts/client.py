@@ -32,7 +32,7 @@ from kernels.model.host_copies import brought
 from kernels.ops.mix import mix
 from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelError, ChannelTimeout, FrameMalformed
-from kernels.transport.frame import Buffers, Frame, Header
+from kernels.transport.frame import Buffers, Frame, FrameLimits, Header
 from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
@@ -40,8 +40,10 @@ from kernels.transport.tensors import as_bytes
 RETRY_S = 0.05
 DOWN_S = 4.0  # a shard that failed is passed over so long, and twice as long each time it fails again
 DOWN_MAX_S = 60.0
+BEHIND_S = 0.5  # one that refused is passed over so long: most likely it, or this node, is a placement behind
 SHARDS_MAX = 1 << 16
 CONNECT_TIMEOUT_S = 2.0
+ANSWER_BYTES_MAX = FrameLimits().payload_bytes_max
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -84,6 +86,26 @@ class Call:
         return mix(self.outputs, self.expert_weights, self.order)
 
 
+@dataclass(slots=True)
+class Pieces:
+    """One layer's tokens where all slots on one shard would be too many for its answer."""
+
+    experts: "RemoteExperts"
+    layer: int
+    first: Call
+    rest: list[tuple[torch.Tensor, ...]]
+    """Hidden states, expert ids and weights of each further piece."""
+
+    def combine(self) -> torch.Tensor:
+        """Piece after piece, while the next is on its way; raises ExpertsUnavailable."""
+        call, mixed = self.first, []
+        for piece in self.rest:
+            following = self.experts.dispatch(self.layer, *piece)
+            mixed.append(call.combine())
+            call = following
+        return torch.cat([*mixed, call.combine()])
+
+
 class RemoteExperts:
     """The plug of a node into its shard group; one thread dispatches, any one may bring a new placement."""
 
@@ -105,6 +127,7 @@ class RemoteExperts:
         self._given_up_count = 0
         self.spans = SpanLog()
         self._traced = UNTRACED
+        self._is_closed = False
 
     def adopt(self, placement: Placement) -> None:
         """Go by a newer placement from the next dispatch on."""
@@ -124,8 +147,14 @@ class RemoteExperts:
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
-    ) -> Call:
+    ) -> Call | Pieces:
         """Send each shard its tokens of `hidden [tokens, hidden]`; does not wait for the answers."""
+        slots_max = ANSWER_BYTES_MAX // (hidden.shape[1] * hidden.element_size())
+        tokens_max = max(slots_max // expert_ids.shape[1], 1)
+        if len(hidden) > tokens_max:
+            parts = (part.split(tokens_max) for part in (hidden, expert_ids, expert_weights))
+            first, *rest = zip(*parts, strict=True)
+            return Pieces(self, layer, self.dispatch(layer, *first), rest)
         now_s = time.monotonic()
         end_s = now_s + self.config.timeout_s
         trace = (self._traced, place_under(self._traced))
@@ -174,12 +203,13 @@ class RemoteExperts:
                 call.parts = []
 
     def close(self) -> None:
-        """Close the channels to all shards."""
-        for channel in self._channels.values():
+        """Close the channels to all shards, and open no more; from any thread."""
+        self._is_closed = True
+        channels = list(self._channels.values())  # another thread may dispatch
+        for channel in channels:
             channel.end()
-        for channel in self._channels.values():  # each may wait for GPUs, which all let go meanwhile
+        for channel in channels:  # each may wait for GPUs, which all let go meanwhile
             channel.close()
-        self._channels.clear()
 
     def _current_route(self, end_s: float) -> Route:
         if self._route is None:
@@ -210,7 +240,7 @@ class RemoteExperts:
 
     def _part(self, address: str, share: ShardSlots, tokens: torch.Tensor, call: Call) -> Part:
         channel = self._channels.get(address)
-        if channel is None:
+        if channel is None and not self._is_closed:
             timeout_s = min(CONNECT_TIMEOUT_S, max(call.end_s - time.monotonic(), RETRY_S))
             try:
                 channel = connect(address, self.config.secret, self.config.name, timeout_s)
@@ -218,6 +248,10 @@ class RemoteExperts:
                 self._pass_over(address)
                 raise
             self._channels[address] = channel
+        if self._is_closed:
+            if channel is not None:
+                channel.close()
+            raise ExpertsUnavailable("this node is closing, and dispatches no more")
         return Part(address, channel, share, tokens, call.outputs[share.slots])
 
     def _send_part(self, part: Part, call: Call, route: Route, part_id: int) -> None:
@@ -237,7 +271,7 @@ class RemoteExperts:
     def _receive(self, part: Part, call: Call) -> None:
         while not part.done:
             if part.refusal is not None:
-                self._pass_over(part.address)
+                self._leave_out(part.address, BEHIND_S)
                 raise DispatchRefused(part.refusal)
             with self._patience(part, call) as patience_s:
                 self._accept(part.channel.receive(patience_s, self._choose_buffers))
@@ -276,11 +310,14 @@ class RemoteExperts:
         """Ask a shard that failed only for what nobody else holds, for longer each time it fails again."""
         failures_count = self._failures_counts.get(address, 0)
         self._failures_counts[address] = failures_count + 1
-        down_s = min(DOWN_S * 2 ** min(failures_count, 8), DOWN_MAX_S)
-        self._down_until_s[address] = time.monotonic() + down_s
+        self._leave_out(address, min(DOWN_S * 2 ** min(failures_count, 8), DOWN_MAX_S))
+
+    def _leave_out(self, address: str, down_s: float) -> None:
+        until_s = time.monotonic() + down_s
+        self._down_until_s[address] = max(self._down_until_s.get(address, until_s), until_s)
 
     def _down(self) -> set[str]:
-        """Shards that failed a moment ago."""
+        """Shards that failed or refused a moment ago."""
         if not self._down_until_s:
             return set()
         now_s = time.monotonic()
@@ -325,12 +362,11 @@ class RemoteExperts:
 
     def _leave_old_shards(self, route: Route) -> None:
         """Close channels to shards that the placement no longer names, once no call waits there."""
-        if len(self._channels) <= len(route.addresses):
-            return
-        waiting = {part.address for part in self._parts.values() if not part.done}
-        for address in self._failures_counts.keys() - set(route.addresses):
+        for address in self._failures_counts.keys() - route.addresses:
             del self._failures_counts[address]
-        for address in self._channels.keys() - waiting - set(route.addresses):
+        old = self._channels.keys() - route.addresses
+        waiting = {part.address for part in self._parts.values() if not part.done} if old else set()
+        for address in old - waiting:
             self._channels.pop(address).close()
 
 

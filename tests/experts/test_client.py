@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts import client
 from experts.client import RemoteExperts, only_needed
 from experts.config import DispatchConfig
 from experts.errors import ExpertsUnavailable
@@ -312,8 +313,7 @@ def test_channels_to_shards_that_left_are_closed(group_of, scripted, remote_with
     tokens = drawn_tokens(3)
     remote.dispatch(1, *tokens).combine()
     remote.adopt(group_of(1, epoch=2))
-    for _ in range(2):
-        remote.dispatch(1, *tokens).combine()
+    remote.dispatch(1, *tokens).combine()
     with scripted.came:
         assert scripted.came.wait_for(lambda: scripted.closed_count == 1, TIMEOUT_S)
 
@@ -331,6 +331,49 @@ def test_a_refusal_of_one_call_does_not_touch_the_other(scripted, remote_with):
     assert remote.retries_count == 0
     assert torch.allclose(calls[1].combine(), 2 * calls[1].expert_weights.sum(1, keepdim=True).expand(2, 128))
     assert remote.retries_count == 1 and len(scripted.frames) == 3
+
+
+def test_what_no_answer_could_hold_goes_in_pieces(group_of, remote_with, local, monkeypatch):
+    """As if one shard had all slots; two pieces at a time are on their way."""
+    monkeypatch.setattr(client, "ANSWER_BYTES_MAX", 4 * CHOICES * 128 * 4 + 7)
+    remote = remote_with(group_of(1))
+    dispatch, tokens, outstanding = remote._send, drawn_tokens(10), []
+    monkeypatch.setattr(
+        remote, "_send", lambda call: outstanding.append(len(remote._parts)) or dispatch(call)
+    )
+    assert torch.equal(remote.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
+    assert outstanding == [0, 1, 1] and remote.retries_count == 0
+    remote.dispatch(1, *drawn_tokens(4)).combine()
+    assert len(outstanding) == 4
+
+
+def test_nothing_is_dispatched_after_the_end(scripted, remote_with):
+    remote = remote_with(placed({"one": scripted.address}))
+    remote.dispatch(1, *drawn_tokens(2))
+    scripted.wait_for(1)
+    remote.close()
+    begin_s = time.monotonic()
+    with pytest.raises(ExpertsUnavailable, match="closing"):
+        remote.dispatch(1, *drawn_tokens(2)).combine()
+    assert time.monotonic() - begin_s < TIMEOUT_S / 2 and len(scripted.frames) == 1
+    with scripted.came:
+        assert scripted.came.wait_for(lambda: scripted.closed_count == 1, TIMEOUT_S)
+
+
+def test_a_plug_may_be_closed_while_it_connects(scripted, remote_with):
+    """The computing thread reaches a further shard just then."""
+    remote = remote_with(placed({"one": scripted.address}))
+    remote.dispatch(1, *drawn_tokens(2))
+    [channel] = remote._channels.values()
+    end = channel.end
+
+    def late() -> None:
+        remote._channels["another"] = channel
+        end()
+
+    channel.end = late
+    remote.close()
+    assert channel.fileno() == -1
 
 
 def test_an_answer_to_a_call_that_was_given_up_is_dropped(scripted, remote_with):
@@ -529,7 +572,8 @@ def test_a_shard_that_takes_no_bytes_is_left_where_another_holds_all(shard_at, s
     deaf.close()
 
 
-def test_a_shard_that_refuses_is_left_where_another_holds_all(shard_at, scripted, local):
+def test_a_shard_that_refuses_is_left_where_another_holds_all(shard_at, scripted, local, monkeypatch):
+    monkeypatch.setattr(client, "BEHIND_S", 0.2)
     scripted.script = lambda channel, frame, _: scripted.refuse(channel, frame)
     good = shard_at("b", memory_address())
     placement = replicated({"a": scripted.address, "b": good.address})
@@ -540,4 +584,7 @@ def test_a_shard_that_refuses_is_left_where_another_holds_all(shard_at, scripted
     tokens = drawn_tokens(8)
     assert torch.equal(remote.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
     assert remote.retries_count == 1 and len(scripted.frames) == 1
+    time.sleep(1.2 * client.BEHIND_S)
+    remote.dispatch(1, *tokens).combine()
+    assert len(scripted.frames) == 2, "it was only behind, most likely, and is soon asked again"
     remote.close()
