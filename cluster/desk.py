@@ -37,6 +37,7 @@ REPORTS_EVERY_TICKS = 5
 RATE_OVER_S = 0.5
 RETRY_AFTER_S = 1.0
 UNSERVABLE = ("request_too_large", "invalid_prompt")  # reasons for which the same request fails again
+DOUBTFUL = ("no_next_token",)  # reasons for which it may
 
 Output = DeliverTokens | FinishRequest
 
@@ -224,9 +225,11 @@ def failure(failed: FailRequest, client_request_id: str) -> TriviumError:
         failed.reason,
         failed.message,
     )
+    is_doubtful = failed.reason in DOUBTFUL
+    remedy = "Change the request" if is_doubtful else "Send the request again"
     return NodeUnavailable(
         reason,
         f"nodes gave the request up: {failed.reason.replace('_', ' ')}",
-        remedy="Send the request again; if it goes on failing, see `trivium status`.",
-        retry_after_s=RETRY_AFTER_S,
+        remedy=f"{remedy}; if it goes on failing, see `trivium status`.",
+        retry_after_s=None if is_doubtful else RETRY_AFTER_S,
     )

@@ -120,6 +120,14 @@ def test_what_fails_again_is_the_clients_to_change():
     assert error.retry_after_s is None
 
 
+def test_nobody_is_told_to_send_again_what_may_fail_again():
+    error = failure(FailRequest("r", "no_next_token", "its logits are no numbers"), "")
+    assert isinstance(error, NodeUnavailable)
+    assert error.retry_after_s is None and error.remedy.startswith("Change the request")
+    error = failure(FailRequest("r", "node_lost", "it went"), "")
+    assert error.retry_after_s > 0 and "Send the request again" in error.remedy
+
+
 def test_too_many_waiting_are_shed_and_leave_nothing():
     async def run() -> None:
         desk = new_desk(waiting_max=2)
