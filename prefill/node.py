@@ -29,7 +29,7 @@ from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
 from kernels.transport.connect import is_between_devices
 from kernels.transport.endpoint import Endpoint
-from kernels.transport.errors import AddressInvalid, ChannelError
+from kernels.transport.errors import ChannelError
 from kernels.transport.frame import Frame
 from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from prefill.batcher import PrefillBatcher
@@ -264,29 +264,14 @@ class PrefillNode:
                 self.batcher.add(request)
             held = [*self.batcher.everyone(), *self._in_transfer.values()] if ended or gone or lost else []
         for request in arrived:
-            if (problem := self._problem(request)) is not None:
+            problem = request.problem(self.cache.pool.pages_count, self._model.vocab_size)
+            if problem is not None:
                 self._fail(request, "invalid_prompt", problem, retryable=False)
         for request in held:
             if request.gateway in gone or ended.get(request.asked.request_id, -1) >= request.asked.generation:
                 self._drop(request)
             elif request.asked.decode_address in lost:
                 self._fail(request, "decode_unreachable", UNREACHABLE, retryable=True)
-
-    def _problem(self, request: PrefillRequest) -> str | None:
-        """Why a prompt can never be computed here, which would spoil the step of others if it were tried."""
-        token_ids = request.asked.token_ids
-        if not token_ids:
-            return "the prompt holds no token"
-        if not self.prefix.fits(len(token_ids)):
-            pages_count = self.cache.pool.pages_count
-            return f"the prompt has {len(token_ids)} tokens, more than the {pages_count} pages here hold"
-        if min(token_ids) < 0 or max(token_ids) >= self._model.vocab_size:
-            return f"the prompt holds token ids outside 0 to {self._model.vocab_size - 1}"
-        try:
-            is_between_devices(request.asked.decode_address)
-        except AddressInvalid as error:
-            return f"its decode node cannot be reached: {error}"
-        return None
 
     def _begin_waiting(self) -> None:
         while (request := self.batcher.next_waiting()) is not None:

@@ -10,10 +10,6 @@ class PrefixPages:
     def __init__(self, pool: PagePool):
         self._pool = pool
 
-    def fits(self, tokens_count: int) -> bool:
-        """Whether a prompt of this length could ever be taken."""
-        return pages_for(tokens_count) <= self._pool.pages_count
-
     def begin(self, request: PrefillRequest) -> None:
         """Give a prompt its pages; raises PagesExhausted and leaves the ledger as it was.
 

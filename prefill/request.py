@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kernels.model.pages import pages_for
 from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
+from kernels.transport.connect import is_between_devices
+from kernels.transport.errors import AddressInvalid
 from kernels.transport.spans import UNTRACED, SpanLog
 from prefill.messages import PRIORITY_S, PrefillPrompt
 
@@ -62,6 +65,21 @@ class PrefillRequest:
     def is_prefix_queued(self) -> bool:
         """Whether the cached latents of all layers, which are queued in order, are on their way."""
         return not self.queued_counts or self.queued_counts[-1] >= self.cached_tokens_count
+
+    def problem(self, pages_count: int, vocab_size: int) -> str | None:
+        """Why it can never be computed on a node: tried nevertheless, it would spoil the step of others."""
+        token_ids = self.asked.token_ids
+        if not token_ids:
+            return "the prompt holds no token"
+        if pages_for(len(token_ids)) > pages_count:
+            return f"the prompt has {len(token_ids)} tokens, more than the {pages_count} pages here hold"
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            return f"the prompt holds token ids outside 0 to {vocab_size - 1}"
+        try:
+            is_between_devices(self.asked.decode_address)
+        except AddressInvalid as error:
+            return f"its decode node cannot be reached: {error}"
+        return None
 
     def sample_row(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> SampleRow:
         """How its next token is chosen."""

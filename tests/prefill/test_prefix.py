@@ -11,6 +11,11 @@ from prefill.request import PrefillRequest
 PAGES = 8
 
 
+def request(token_ids) -> PrefillRequest:
+    asked = PrefillPrompt("r", 1, tuple(token_ids), len(token_ids), SamplingParameters(), "memory://d")
+    return PrefillRequest(asked, None, 0.0)
+
+
 class Prompts:
     """Prefix pages over a small pool, and prompts for them."""
 
@@ -19,10 +24,9 @@ class Prompts:
         self.prefix = PrefixPages(self.pool)
 
     def begin(self, token_ids) -> PrefillRequest:
-        asked = PrefillPrompt("r", 1, tuple(token_ids), len(token_ids), SamplingParameters(), "memory://")
-        request = PrefillRequest(asked, None, 0.0)
-        self.prefix.begin(request)
-        return request
+        begun = request(token_ids)
+        self.prefix.begin(begun)
+        return begun
 
     def compute(self, token_ids) -> PrefillRequest:
         """Begin, remember and end a prompt; what it was."""
@@ -88,8 +92,14 @@ def test_the_same_prompt_twice_at_once_is_remembered_once(prompts):
 
 
 def test_what_fits_is_what_the_whole_pool_holds(prompts):
-    assert prompts.prefix.fits(PAGES * 64)
-    assert not prompts.prefix.fits(PAGES * 64 + 1)
+    whole, too_long = (request(range(PAGES * 64 + more)) for more in (0, 1))
+    assert whole.problem(PAGES, 1 << 20) is None
+    assert "more than the" in too_long.problem(PAGES, 1 << 20)
+    prompts.prefix.begin(whole)
+    assert len(whole.pages) == PAGES
+    prompts.prefix.end(whole)
+    with pytest.raises(PagesExhausted):
+        prompts.prefix.begin(too_long)
 
 
 def test_an_ended_prompt_holds_nothing(prompts):
