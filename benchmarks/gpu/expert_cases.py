@@ -80,7 +80,7 @@ def ready_masked(dims: Dimensions, experts: int, numbers: str, tokens: int, devi
     work = work_of(dims, inputs, numbers, len(inputs.rows))
 
     def run() -> torch.Tensor:
-        return experts_masked(buffers, counts, inputs.bank)
+        return experts_masked(buffers, counts, inputs.bank, len(inputs.rows))
 
     def error() -> float:
         out = run()

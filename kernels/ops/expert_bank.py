@@ -136,18 +136,25 @@ def experts_contiguous(
     return experts_contiguous_reference(hidden, rows, offsets, bank)
 
 
-def experts_masked_reference(hidden: torch.Tensor, counts: torch.Tensor, bank: ExpertBank) -> torch.Tensor:
-    """What `experts_masked` computes, in torch."""
+def experts_masked_reference(
+    hidden: torch.Tensor, counts: torch.Tensor, bank: ExpertBank, slots_max: int
+) -> torch.Tensor:
+    """What `experts_masked` computes, in torch; raises ValueError for counts beyond `slots_max`."""
+    if counts.sum() > slots_max:
+        raise ValueError(f"counts are {int(counts.sum())} slots: give slots_max of as many, not {slots_max}")
     out = torch.empty_like(hidden)
     for index, count in enumerate(counts.tolist()):
         out[index, :count] = _swiglu(hidden[index, :count], bank, index)
     return out
 
 
-def experts_masked(hidden: torch.Tensor, counts: torch.Tensor, bank: ExpertBank) -> torch.Tensor:
+def experts_masked(
+    hidden: torch.Tensor, counts: torch.Tensor, bank: ExpertBank, slots_max: int
+) -> torch.Tensor:
     """Outputs as `hidden [experts, capacity, hidden]`: buffers whose first `counts[e]` rows are there.
 
-    `counts [experts]` is int32 and at most the capacity. Other rows are neither read nor written.
+    `counts [experts]` is int32, each at most the capacity, together at most `slots_max`: tokens times their
+    choices, for a GPU must not wait to be told. Other rows are neither read nor written.
     """
     experts_count, size = bank.table.experts_count, bank.table.hidden_size
     if hidden.dim() != 3 or hidden.shape[::2] != (experts_count, size) or not hidden.is_contiguous():
@@ -156,8 +163,8 @@ def experts_masked(hidden: torch.Tensor, counts: torch.Tensor, bank: ExpertBank)
         )
     _check_index("counts", counts, experts_count)
     if runs_kernel(hidden):
-        return experts_masked_kernel(hidden, counts, bank.table)
-    return experts_masked_reference(hidden, counts, bank)
+        return experts_masked_kernel(hidden, counts, bank.table, slots_max)
+    return experts_masked_reference(hidden, counts, bank, slots_max)
 
 
 def _swiglu(hidden: torch.Tensor, bank: ExpertBank, index: int) -> torch.Tensor:

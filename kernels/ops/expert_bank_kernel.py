@@ -17,11 +17,12 @@ from kernels.ops.quantize_kernel import (
     BLOCK,
     BLOCKS_PER_PROGRAM_MAX,
     quantised_rows_like,
-    quantize_blocks_of_row,
+    quantize_blocks_at,
     quantize_rows_kernel,
 )
 
 EXPERTS_WIDTH_MIN = 32  # a warp has as many lanes: fewer would only be one more program to compile
+QUANTISING_PROGRAMS = 8192  # four times what the largest Hopper GPU holds at once, since buffers differ
 STEPS = {torch.float32: 64, torch.bfloat16: 64, torch.float8_e4m3fn: 128}  # by the weights' dtype
 
 
@@ -101,19 +102,20 @@ def experts_contiguous_kernel(hidden, rows, offsets, table: WeightTable) -> torc
     if table.is_quantised:
         hidden, scales = quantize_rows_kernel(hidden)
     tiles = tiles_for(table.dtype, len(rows) / table.experts_count)
-    return _multiply(hidden, scales, rows, offsets, 0, table, out, tiles)
+    return _multiply(hidden, scales, rows, offsets, 0, table, out, tiles, len(rows))
 
 
-def experts_masked_kernel(hidden, counts, table: WeightTable) -> torch.Tensor:
+def experts_masked_kernel(hidden, counts, table: WeightTable, slots_max: int) -> torch.Tensor:
     """As `experts_masked`, in two launches, or three with FP8."""
     out = torch.empty_like(hidden)
-    capacity, size = hidden.shape[1:]
+    experts_count, capacity, size = hidden.shape
+    slots_max = min(slots_max, experts_count * capacity)
     hidden, scales = hidden.view(-1, size), None
     if table.is_quantised:
         hidden, scales = _quantize_counted(hidden, counts, capacity)
     # Buffers are far from full as a rule, and then reading weights is all there is.
-    tiles = tiles_for(table.dtype, min(capacity, SOME))
-    _multiply(hidden, scales, None, counts, capacity, table, out.view(-1, size), tiles)
+    tiles = tiles_for(table.dtype, min(capacity, SOME, slots_max / experts_count))
+    _multiply(hidden, scales, None, counts, capacity, table, out.view(-1, size), tiles, slots_max)
     return out
 
 
@@ -122,15 +124,14 @@ def tiles_for(dtype: torch.dtype, slots_each: float) -> Tiles:
     return next(tiles for tiles in TILES[dtype] if slots_each <= tiles.slots_max)
 
 
-def tiles_count_max(slots_count: int, experts_count: int, capacity: int, tokens: int) -> int:
+def tiles_count_max(slots_max: int, experts_count: int, capacity: int, tokens: int) -> int:
     """Most tiles of so many tokens that slots can make, however they are spread over experts."""
-    if capacity:
-        return experts_count * triton.cdiv(capacity, tokens)
-    return (slots_count + min(slots_count, experts_count) * (tokens - 1)) // tokens
+    spread = (slots_max + min(slots_max, experts_count) * (tokens - 1)) // tokens
+    return min(spread, experts_count * triton.cdiv(capacity, tokens)) if capacity else spread
 
 
 def _multiply(
-    hidden, hidden_scales, rows, bounds, capacity, table: WeightTable, out, tiles: Tiles
+    hidden, hidden_scales, rows, bounds, capacity, table: WeightTable, out, tiles: Tiles, slots_max: int
 ) -> torch.Tensor:
     """Launch both products; capacity is 0 where bounds are offsets of slots, not counts in fixed buffers."""
     if hidden.dtype != table.dtype:
@@ -147,7 +148,7 @@ def _multiply(
         inner_scales = torch.empty(slots_count, blocks_count, dtype=torch.float32, device=out.device)
 
     def launch(kernel, tile: Tile, columns_count: int, *tensors) -> None:
-        tiles_count = tiles_count_max(slots_count, experts_count, capacity, tile.tokens)
+        tiles_count = tiles_count_max(slots_max, experts_count, capacity, tile.tokens)
         kernel[(tiles_count * triton.cdiv(columns_count, tile.columns),)](
             *tensors,
             experts_count=experts_count,
@@ -174,12 +175,21 @@ def _quantize_counted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_rows`, of the first `counts [experts]` rows of each `capacity` rows alone."""
     quantised, scales = quantised_rows_like(hidden)
-    (rows_count, size), blocks_count = hidden.shape, scales.shape[1]
+    experts_count, size, blocks_count = len(counts), hidden.shape[1], scales.shape[1]
     width = min(triton.next_power_of_2(blocks_count), BLOCKS_PER_PROGRAM_MAX)
-    grid = (rows_count, triton.cdiv(blocks_count, width))
-    warps = max(width // 4, 1)
-    _quantize_counted_rows[grid](
-        counts, hidden, quantised, scales, size, blocks_count, capacity, width, BLOCK, num_warps=warps
+    parts_count = triton.cdiv(blocks_count, width)
+    rows_together = min(triton.cdiv(QUANTISING_PROGRAMS, experts_count * parts_count), capacity)
+    _quantize_counted_rows[experts_count, parts_count, rows_together](
+        counts,
+        hidden,
+        quantised,
+        scales,
+        size,
+        blocks_count,
+        capacity,
+        width,
+        BLOCK,
+        num_warps=max(width // 4, 1),
     )
     return quantised, scales
 
@@ -196,6 +206,9 @@ def _quantize_counted_rows(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    if row % capacity < tl.load(counts + row // capacity):
-        quantize_blocks_of_row(hidden, quantised, scales, size, size, blocks_count, WIDTH, BLOCK)
+    """Every so manyth row of one expert's buffer, as far as there are some."""
+    expert, first = tl.program_id(0), tl.program_id(1) * WIDTH
+    begin = expert.to(tl.int64) * capacity
+    for place in range(tl.program_id(2), tl.load(counts + expert), tl.num_programs(2)):
+        row = begin + place
+        quantize_blocks_at(hidden, quantised, scales, row, first, size, size, blocks_count, WIDTH, BLOCK)

@@ -48,8 +48,25 @@ def quantize_blocks_of_row(
     hidden, quantised, scales, stride, size, blocks_count, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Some blocks of the row that the program's first number names, the second says which."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
+    quantize_blocks_at(hidden, quantised, scales, row, first, stride, size, blocks_count, WIDTH, BLOCK)
+
+
+@triton.jit
+def quantize_blocks_at(
+    hidden,
+    quantised,
+    scales,
+    row,
+    first,
+    stride,
+    size,
+    blocks_count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """WIDTH blocks of an int64 row, from the `first` on."""
+    blocks = first + tl.arange(0, WIDTH)
     columns = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = columns < size
     numbers = tl.load(hidden + row * stride + columns, mask=inside, other=0.0).to(tl.float32)

@@ -1,5 +1,6 @@
 """A bank of experts by formula in float64 and by the kernels: ragged, empty, in any company, the rest NaN."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from kernels.ops import expert_bank_kernel as kernel_module
 from kernels.ops.backend import kernels_forced
 from kernels.ops.expert_bank import (
     ExpertBank,
@@ -19,6 +21,7 @@ from kernels.ops.expert_bank_kernel import (
     FEW,
     SOME,
     TILES,
+    WeightTable,
     experts_contiguous_kernel,
     experts_masked_kernel,
     tiles_count_max,
@@ -112,7 +115,7 @@ def test_the_reference_is_the_formula(kind):
         assert_close(result[begin:end], expected, tolerance)
         buffers = torch.full((4, 5, HIDDEN), NAN).to(hidden.dtype)
         buffers[expert, : end - begin] = hidden[rows[begin:end]]
-        masked = experts_masked(buffers, torch.tensor(counts, dtype=torch.int32), bank)
+        masked = experts_masked(buffers, torch.tensor(counts, dtype=torch.int32), bank, sum(counts))
         assert torch.equal(masked[expert, : end - begin], result[begin:end])
 
 
@@ -171,23 +174,30 @@ def test_a_batch_without_slots_is_empty(device):
 
 
 MASKED = {
-    "float32": ("float32", 20, [0, 1, 18, 20]),
-    "bfloat16": ("bfloat16", 20, [3, 0, 20]),
-    "bfloat16, 64 tokens": ("bfloat16", 66, [66, 1]),
-    "fp8": ("fp8", 5, [0, 4, 1]),
+    "float32": ("float32", 20, [0, 1, 18, 20], 0),
+    "fewer than there is room for": ("float32", 20, [0, 1, 18, 20], 7),
+    "of one token": ("float32", 40, [0, 1, 0], 0),
+    "of nobody": ("float32", 4, [0, 0], 0),
+    "bfloat16": ("bfloat16", 20, [3, 0, 20], 0),
+    "bfloat16, 64 tokens": ("bfloat16", 66, [66, 1], 0),
+    "fp8": ("fp8", 5, [0, 4, 1], 0),
+    "fp8, 64 tokens": ("fp8", 70, [0, 40], 90),
 }
 
 
-@pytest.mark.parametrize(("kind", "capacity", "counts"), MASKED.values(), ids=MASKED)
-def test_buffers_are_those_of_the_reference_and_nothing_else_is_read(kind, capacity, counts, device):
+@pytest.mark.parametrize(("kind", "capacity", "counts", "spare_count"), MASKED.values(), ids=MASKED)
+def test_buffers_are_those_of_the_reference_and_nothing_else_is_read(
+    kind, capacity, counts, spare_count, device
+):
     bank = drawn_bank_of_blocks(kind, len(counts))
     hidden = drawn_hidden(kind, len(counts), capacity)
     for expert, count in enumerate(counts):
         hidden[expert, count:] = NAN
     idle = without_experts(bank, [expert for expert, count in enumerate(counts) if not count])
     device_counts = torch.tensor(counts, dtype=torch.int32, device=device)
-    result = experts_masked_kernel(hidden.to(device), device_counts, moved(idle, device).table)
-    expected = experts_masked_reference(hidden.double(), device_counts.cpu(), bank)
+    slots_max = sum(counts) + spare_count
+    result = experts_masked_kernel(hidden.to(device), device_counts, moved(idle, device).table, slots_max)
+    expected = experts_masked_reference(hidden.double(), device_counts.cpu(), bank, slots_max)
     for expert, count in enumerate(counts):
         assert_close(result[expert, :count], expected[expert, :count], KERNEL_TOLERANCE[kind])
 
@@ -196,8 +206,36 @@ def test_rows_that_are_not_there_are_not_written(device, monkeypatch):
     bank, hidden = drawn_bank("float32", 2), drawn_hidden("float32", 2, 4)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, 7.0))
     counts = torch.tensor([1, 3], dtype=torch.int32, device=device)
-    result = experts_masked_kernel(hidden.to(device), counts, moved(bank, device).table)
+    result = experts_masked_kernel(hidden.to(device), counts, moved(bank, device).table, 4)
     assert (result[0, 1:] == 7).all() and (result[1, 3:] == 7).all()
+
+
+class Launched:
+    """A kernel that only notes how many programs it was launched with."""
+
+    def __init__(self):
+        self.programs_counts: list[int] = []
+
+    def __getitem__(self, grid):
+        self.programs_counts.append(math.prod(grid))
+        return lambda *_, **__: None
+
+
+def test_programs_follow_from_slots_and_not_from_buffers(monkeypatch):
+    experts_count, capacity, slots_max = 256, 512, 4096
+    launched = {name: Launched() for name in ("gate_up_tile", "down_tile", "_quantize_counted_rows")}
+    for name, kernel in launched.items():
+        monkeypatch.setattr(kernel_module, name, kernel)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        addresses = torch.empty(experts_count, 4, dtype=torch.int64, device="meta")
+        table = WeightTable(addresses, 7168, 2048, dtype)
+        hidden = torch.empty(experts_count, capacity, 7168, dtype=torch.bfloat16, device="meta")
+        experts_masked_kernel(hidden, addresses[:, 0].int(), table, slots_max)
+        tiles = tiles_for(dtype, slots_max / experts_count)
+        for name, tile, columns in (("gate_up_tile", tiles.gate_up, 2048), ("down_tile", tiles.down, 7168)):
+            tiles_max = slots_max // tile.tokens + experts_count
+            assert launched[name].programs_counts[-1] <= tiles_max * -(-columns // tile.columns)
+    assert launched["_quantize_counted_rows"].programs_counts == [kernel_module.QUANTISING_PROGRAMS]
 
 
 def exact_bank() -> tuple[ExpertBank, torch.Tensor]:
@@ -233,7 +271,7 @@ def test_a_row_keeps_its_bits_in_any_company_and_in_tiles_of_any_size(kind, devi
     assert torch.equal(some[[3, 5, 9]], few)
     assert torch.equal(many[:20], some)
     counts = torch.ones(1, dtype=torch.int32, device=device)
-    assert torch.equal(experts_masked_kernel(hidden[None, 5:7].contiguous(), counts, table)[0, :1], alone)
+    assert torch.equal(experts_masked_kernel(hidden[None, 5:7].contiguous(), counts, table, 1)[0, :1], alone)
 
 
 def test_the_public_functions_call_the_kernels_where_those_run(device):
@@ -244,7 +282,7 @@ def test_the_public_functions_call_the_kernels_where_those_run(device):
     with kernels_forced():
         contiguous, masked = (
             experts_contiguous(hidden[0], rows, offsets_of([2]), bank),
-            experts_masked(hidden, counts, bank),
+            experts_masked(hidden, counts, bank, 2),
         )
     assert_close(contiguous, by_formula(hidden[0], bank, 0), KERNEL_TOLERANCE["float32"])
     assert torch.equal(masked[0], contiguous)
@@ -253,7 +291,8 @@ def test_the_public_functions_call_the_kernels_where_those_run(device):
 @pytest.mark.parametrize("counts", [[1] * 9, [0] * 8 + [40], [17, 16, 1, 0], [], [0]], ids=str)
 def test_programs_are_enough_for_any_spread_of_slots(counts):
     tiles_count = sum(-(-count // 16) for count in counts)
-    assert tiles_count <= tiles_count_max(sum(counts), len(counts), 0, 16)
+    for capacity in (0, 40):
+        assert tiles_count <= tiles_count_max(sum(counts), len(counts), capacity, 16)
 
 
 def test_tiles_grow_with_the_slots_of_an_expert():
@@ -297,6 +336,8 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"offsets is .* \[3\]"):
         experts_contiguous(hidden, rows, offsets[:2], bank)
     with pytest.raises(ValueError, match=r"give \[2, capacity, 136\]"):
-        experts_masked(hidden, offsets[:2], bank)
+        experts_masked(hidden, offsets[:2], bank, 3)
     with pytest.raises(ValueError, match=r"counts is .* \[2\]"):
-        experts_masked(torch.zeros(2, 4, HIDDEN), offsets, bank)
+        experts_masked(torch.zeros(2, 4, HIDDEN), offsets, bank, 3)
+    with pytest.raises(ValueError, match=r"counts are 4 slots: give slots_max of as many, not 3"):
+        experts_masked(torch.zeros(2, 4, HIDDEN), torch.tensor([4, 0], dtype=torch.int32), bank, 3)

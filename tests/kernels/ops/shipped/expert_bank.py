@@ -31,12 +31,14 @@ def contiguous(
     return Shipped(launch, WGMMA)
 
 
-def masked(experts_count: int, capacity: int, is_quantised: bool) -> Shipped:
-    """A fixed buffer for each expert."""
+def masked(experts_count: int, tokens_count: int, is_quantised: bool) -> Shipped:
+    """A fixed buffer for each expert, as large as it could need if all of these tokens chose it."""
 
     def launch() -> None:
+        capacity = max(tokens_count, 64)
         hidden, counts = bfloat16(experts_count, capacity, SIZES[0]), meta(experts_count, dtype=torch.int32)
-        experts_masked_kernel(hidden, counts, table(experts_count, is_quantised))
+        slots_max = CHOICES * tokens_count
+        experts_masked_kernel(hidden, counts, table(experts_count, is_quantised), slots_max)
 
     return Shipped(launch, WGMMA)
 
@@ -48,9 +50,9 @@ SHIPPED = {
     for name, is_quantised in (("bfloat16", False), ("fp8", True))
     for experts_count, tokens_count in ((256, 128), (32, 128), (32, 4096))
 } | {
-    f"experts_masked 32 experts {capacity} rows {name}": masked(32, capacity, is_quantised)
+    f"experts_masked 32 experts {tokens_count} tokens {name}": masked(32, tokens_count, is_quantised)
     for name, is_quantised in (("bfloat16", False), ("fp8", True))
-    for capacity in (16, 128)
+    for tokens_count in (16, 128)
 }
 SHIPPED["experts_contiguous V2-Lite 64 experts 128 tokens bfloat16"] = contiguous(
     64, 128, False, SIZES_OF_LITE
