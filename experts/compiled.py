@@ -28,6 +28,11 @@ def compiled(function: Callable) -> Callable:
     return machine_code(function, None, AS_WRITTEN, SOURCES)
 
 
+def in_place(function: Callable) -> Callable:
+    """The same for a function that makes no arrays, but changes or reads those it is given."""
+    return machine_code(function, None, AS_WRITTEN, SOURCES, makes_arrays=False)
+
+
 def inlined(function: Callable) -> Callable:
-    """The same, into its callers: to hand over a whole layer takes longer than what a small function does."""
-    return machine_code(function, None, AS_WRITTEN, SOURCES, is_inlined=True)
+    """The same as `in_place`, into its callers: to hand over a whole layer takes longer than what it does."""
+    return machine_code(function, None, AS_WRITTEN, SOURCES, is_inlined=True, makes_arrays=False)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experts.compiled import compiled
+from experts.compiled import compiled, in_place
 from experts.placement_layer import (
     EMPTY,
     STRICTLY,
@@ -44,6 +44,8 @@ def copied_layer(layer):
         layer.replicas.copy(),
         layer.share.copy(),
         layer.held.copy(),
+        layer.homes.copy(),
+        layer.homes_count.copy(),
         layer.held_by_host.copy(),
         layer.hosts_held.copy(),
         layer.slots.copy(),
@@ -90,7 +92,7 @@ def kicked_layer(layer, rooms, least, enough, kicks_max):
     return layer
 
 
-@compiled
+@in_place
 def next_kick(layer, rooms, least, expert, harm_min):
     """The least harmful kick above `harm_min`; its target is EMPTY if there is none."""
     best = Kick(np.inf, expert, EMPTY, EMPTY, EMPTY, EMPTY)
@@ -108,7 +110,7 @@ def next_kick(layer, rooms, least, expert, harm_min):
     return best
 
 
-@compiled
+@in_place
 def best_kick_into(layer, rooms, room, other, room_time, others_time, harm_min, best):
     """Kicks into the slot of `other` on `room`: the expert itself, or one that makes room for it."""
     expert = best.expert
@@ -133,7 +135,7 @@ def best_kick_into(layer, rooms, room, other, room_time, others_time, harm_min, 
     return best
 
 
-@compiled
+@in_place
 def take_kick(layer, rooms, kick):
     """Change the layer."""
     if kick.other != EMPTY:

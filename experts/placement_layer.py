@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experts.compiled import compiled, inlined
+from experts.compiled import compiled, in_place, inlined
 
 EMPTY = -1
 STRICTLY = 1 - 1e-9  # what gains must gain more than rounding
@@ -32,6 +32,8 @@ class Layer(NamedTuple):
     replicas: np.ndarray  # [experts] int64
     share: np.ndarray  # [experts] float64, tokens of each replica
     held: np.ndarray  # [experts, shards] bool
+    homes: np.ndarray  # [experts, shards] uint16, the same as lists: of each row so many, in no order,
+    homes_count: np.ndarray  # [experts] int64, as are counted here
     held_by_host: np.ndarray  # [experts, hosts] int64
     hosts_held: np.ndarray  # [experts] int64, different hosts
     slots: np.ndarray  # [shards, slots] int64, expert in each; used ones come first
@@ -50,6 +52,8 @@ def empty_layer(tokens, anchor, there, replicas, rooms):
         replicas,
         tokens / replicas,
         np.zeros((experts_count, shards_count), np.bool_),
+        np.empty((experts_count, shards_count), np.uint16),
+        np.zeros(experts_count, np.int64),
         np.zeros((experts_count, rooms.hosts_count), np.int64),
         np.zeros(experts_count, np.int64),
         np.full((shards_count, rooms.slots.max()), EMPTY),
@@ -64,6 +68,8 @@ def put(layer, rooms, expert, shard):
     layer.slots[shard, layer.used[shard]] = expert
     layer.used[shard] += 1
     layer.held[expert, shard] = True
+    layer.homes[expert, layer.homes_count[expert]] = shard
+    layer.homes_count[expert] += 1
     host = rooms.host[shard]
     layer.hosts_held[expert] += layer.held_by_host[expert, host] == 0
     layer.held_by_host[expert, host] += 1
@@ -74,11 +80,17 @@ def put(layer, rooms, expert, shard):
 def filled_layer(tokens, anchor, there, homes, rooms):
     """A layer with everything at home, `homes` being bool [experts, shards]."""
     layer = empty_layer(tokens, anchor.copy(), there, np.maximum(homes.sum(axis=1), 1), rooms)
-    for expert in range(len(tokens)):
+    fill(layer, rooms, homes)
+    return layer
+
+
+@in_place
+def fill(layer, rooms, homes):
+    """Put everything where `homes` [experts, shards] says."""
+    for expert in range(len(layer.tokens)):
         for shard in range(len(rooms.slots)):
             if homes[expert, shard]:
                 put(layer, rooms, expert, shard)
-    return layer
 
 
 @inlined
@@ -91,13 +103,17 @@ def take(layer, rooms, expert, shard):
     layer.slots[shard, last] = EMPTY
     layer.used[shard] = last
     layer.held[expert, shard] = False
+    layer.homes_count[expert] -= 1
+    for index in range(layer.homes_count[expert]):
+        if layer.homes[expert, index] == shard:
+            layer.homes[expert, index] = layer.homes[expert, layer.homes_count[expert]]
     host = rooms.host[shard]
     layer.held_by_host[expert, host] -= 1
     layer.hosts_held[expert] -= layer.held_by_host[expert, host] == 0
     layer.time[shard] -= layer.share[expert] * rooms.cost[shard]
 
 
-@compiled
+@in_place
 def exchange(layer, rooms, expert, source, target, other):
     """`expert` goes to the target, `other` (or EMPTY) back."""
     take(layer, rooms, expert, source)
@@ -107,13 +123,12 @@ def exchange(layer, rooms, expert, source, target, other):
     put(layer, rooms, expert, target)
 
 
-@compiled
+@in_place
 def recount(layer, rooms, expert, replicas):
     """Another number of replicas: every shard that holds the expert computes another share of its tokens."""
     share = layer.tokens[expert] / replicas
-    for shard in range(len(rooms.slots)):
-        if layer.held[expert, shard]:
-            layer.time[shard] += (share - layer.share[expert]) * rooms.cost[shard]
+    for shard in layer.homes[expert, : layer.homes_count[expert]]:
+        layer.time[shard] += (share - layer.share[expert]) * rooms.cost[shard]
     layer.replicas[expert] = replicas
     layer.share[expert] = share
 
@@ -157,8 +172,8 @@ def time_without(layer, rooms, expert, leaving, source, limit):
     """
     more = layer.tokens[expert] / (layer.replicas[expert] - 1) - layer.share[expert]
     worst = 0.0
-    for shard in range(len(rooms.slots)):
-        if layer.held[expert, shard] and shard != leaving and shard != source:
+    for shard in layer.homes[expert, : layer.homes_count[expert]]:
+        if shard != leaving and shard != source:
             worst = max(worst, layer.time[shard] + more * rooms.cost[shard])
             if worst > limit:
                 break

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experts.compiled import compiled, inlined
+from experts.compiled import compiled, in_place, inlined
 from experts.placement_layer import EMPTY, exchange, may_move, put, recount
 
 
@@ -28,45 +28,64 @@ def count_replicas(tokens, least, slots_count, shards_count):
 
 @compiled
 def pack(layer, rooms):
-    """Each replica, heaviest first, onto the shard with most time left; False where the slots do not suffice.
+    """Each replica, heaviest first, onto the shard with most time left; False where the slots do not suffice."""
+    return pack_in_order(
+        layer, rooms, np.argsort(-layer.share, kind="mergesort"), np.zeros(rooms.hosts_count, np.int64)
+    )
 
-    On every host as many slots stay free as anchored experts are still to come.
+
+@in_place
+def pack_in_order(layer, rooms, experts, open_slots):
+    """The replicas of `experts` one after the other.
+
+    On every host as many of the `open_slots` [hosts], zeros at first, stay free as anchored experts are
+    still to come. Where shards are not equal, the mean of what is still to come is kept free for each slot.
     """
-    open_slots = np.zeros(rooms.hosts_count, np.int64)
     for shard in range(len(rooms.slots)):
         open_slots[rooms.host[shard]] += rooms.slots[shard]
     for home in layer.anchor:
         if home != EMPTY:
             open_slots[home] -= 1
-    for expert in np.argsort(-layer.share, kind="mergesort"):
+    coming, coming_count = 0.0, layer.replicas.sum()
+    if rooms.slots.min() < rooms.slots.max():
+        coming = layer.tokens.sum()
+    for expert in experts:
         home = layer.anchor[expert]
         if home != EMPTY:
             open_slots[home] += 1
         for _ in range(layer.replicas[expert]):
-            shard = soonest_shard(layer, rooms, expert, home, open_slots)
+            shard = soonest_shard(layer, rooms, expert, home, open_slots, coming / coming_count)
             if shard == EMPTY:
                 return False
             put(layer, rooms, expert, shard)
             open_slots[rooms.host[shard]] -= 1
+            coming = max(coming - layer.share[expert], 0.0)
+            coming_count -= 1
             home = EMPTY
     return True
 
 
 @inlined
-def soonest_shard(layer, rooms, expert, home, open_slots):
-    """Where most time is left: on `home`, else on a host without the expert, else on any; or EMPTY."""
+def soonest_shard(layer, rooms, expert, home, open_slots, coming):
+    """Where most time is left: on `home`, else on a host without the expert, else on any; or EMPTY.
+
+    Each free slot is taken to get `coming` tokens: a shard with more slots than others shall have time for
+    what will fill them.
+    """
     others_max = 0
     if layer.hosts_held[expert] == rooms.hosts_count:
         others_max = len(rooms.slots)
     while True:
         best, best_time = EMPTY, np.inf
         for shard in range(len(rooms.slots)):
-            if layer.time[shard] >= best_time or layer.used[shard] == rooms.slots[shard]:
+            free = rooms.slots[shard] - layer.used[shard]
+            time = layer.time[shard] + free * coming * rooms.cost[shard]
+            if time >= best_time or free == 0:
                 continue
             host = rooms.host[shard]
             allowed = host == home or (home == EMPTY and open_slots[host] > 0)
             if allowed and not layer.held[expert, shard] and layer.held_by_host[expert, host] <= others_max:
-                best, best_time = shard, layer.time[shard]
+                best, best_time = shard, time
         if best != EMPTY or others_max > 0:
             return best
         others_max = len(rooms.slots)
@@ -85,7 +104,7 @@ def pack_by_room(layer, rooms, least):
     open_slots = np.full(rooms.hosts_count, len(layer.tokens))
     while share.max() > EMPTY:
         heaviest = np.argmax(share)
-        shard = soonest_shard(layer, rooms, heaviest, EMPTY, open_slots)
+        shard = soonest_shard(layer, rooms, heaviest, EMPTY, open_slots, 0.0)
         if shard == EMPTY:
             share[heaviest] = EMPTY
             continue
@@ -94,7 +113,7 @@ def pack_by_room(layer, rooms, least):
         share[heaviest] = layer.share[heaviest]
 
 
-@compiled
+@in_place
 def roomiest_shard(layer, rooms, expert):
     """The shard with most free slots of those without the expert; of equals one on a host without it."""
     best, best_free, best_others = EMPTY, 0, 0
@@ -108,7 +127,7 @@ def roomiest_shard(layer, rooms, expert):
     return best
 
 
-@compiled
+@in_place
 def spread(layer, rooms):
     """Replicas that share a host go to hosts without their expert, where a slot or an exchange allows it."""
     for expert in range(len(layer.tokens)):
@@ -117,7 +136,7 @@ def spread(layer, rooms):
                 break
 
 
-@compiled
+@in_place
 def spread_one(layer, rooms, expert):
     """Move one replica so; False if none can be moved."""
     best = (EMPTY, EMPTY, EMPTY)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experts.compiled import compiled
+from experts.compiled import compiled, in_place
 from experts.placement_layer import EMPTY, filled_layer, may_vanish, put, recount, take
 from experts.placement_pack import soonest_shard
 
@@ -16,11 +16,11 @@ def standing_layer(tokens, there, rooms):
     for only_first in (True, False):
         for expert in range(experts_count):
             for shard in range(shards_count):
-                if only_first and stays[expert].any():
-                    break
                 if there[expert, shard] and free[shard] > 0 and not stays[expert, shard]:
                     stays[expert, shard] = True
                     free[shard] -= 1
+                    if only_first:
+                        break
     return filled_layer(tokens, np.full(experts_count, EMPTY), there, stays, rooms)
 
 
@@ -42,18 +42,18 @@ def settle_homeless(layer, rooms, least):
     """Homes for experts with fewer than `least`; False where spare replicas of others do not make room."""
     open_slots = np.full(rooms.hosts_count, len(layer.tokens))
     for expert in range(len(layer.tokens)):
-        while layer.held[expert].sum() < least:
-            shard = soonest_shard(layer, rooms, expert, EMPTY, open_slots)
+        while layer.homes_count[expert] < least:
+            shard = soonest_shard(layer, rooms, expert, EMPTY, open_slots, 0.0)
             if shard == EMPTY:
                 shard = make_room(layer, rooms, expert, least)
             if shard == EMPTY:
                 return False
-            recount(layer, rooms, expert, layer.held[expert].sum() + 1)
+            recount(layer, rooms, expert, layer.homes_count[expert] + 1)
             put(layer, rooms, expert, shard)
     return True
 
 
-@compiled
+@in_place
 def make_room(layer, rooms, newcomer, least):
     """A shard without the newcomer where the replica missed least has made room; EMPTY if there is none."""
     best, best_expert, best_share = EMPTY, EMPTY, np.inf

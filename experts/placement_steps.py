@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experts.compiled import compiled, inlined
+from experts.compiled import in_place, inlined
 from experts.placement_layer import (
     EMPTY,
     STRICTLY,
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     other: int
 
 
-@compiled
+@in_place
 def lighten(layer, rooms, least, enough):
     """Lighten the slowest shard, step by step, until `enough` or until no step helps.
 
@@ -62,7 +62,7 @@ def is_better(worst, moves, step, enough):
     return moves < step.moves or (moves == step.moves and worst < step.worst)
 
 
-@compiled
+@in_place
 def best_exchange(layer, rooms, source, enough):
     """One expert of the source for one of another shard, or for an empty slot there."""
     time = layer.time[source]
@@ -70,13 +70,21 @@ def best_exchange(layer, rooms, source, enough):
     shards_count = len(rooms.slots)
     lightest = np.argmin(layer.time)
     for offset in range(shards_count):
-        target = (lightest + offset) % shards_count
-        if target == source or layer.time[target] >= step.worst:
+        target = lightest + offset - (shards_count if lightest + offset >= shards_count else 0)
+        if target == source or not may_even(layer, rooms, source, target, max(step.worst, enough)):
             continue
         step = best_exchange_with(layer, rooms, source, target, enough, step)
         if step.worst <= enough and step.moves <= 0:
             break
     return step
+
+
+@inlined
+def may_even(layer, rooms, source, target, limit):
+    """Whether two shards would both get below the limit, could tokens be parted between them at will."""
+    source_cost, target_cost = rooms.cost[source], rooms.cost[target]
+    whole = layer.time[source] * target_cost + layer.time[target] * source_cost
+    return whole < limit * (source_cost + target_cost)
 
 
 @inlined
@@ -106,7 +114,7 @@ def best_exchange_with(layer, rooms, source, target, enough, step):
     return step
 
 
-@compiled
+@in_place
 def best_recount(layer, rooms, least, enough, step):
     """One replica more of an expert of the source, in an empty slot or in place of another; or one less."""
     step = best_drop(layer, rooms, least, enough, step)
@@ -122,7 +130,7 @@ def best_recount(layer, rooms, least, enough, step):
     return step
 
 
-@compiled
+@in_place
 def best_drop(layer, rooms, least, enough, step):
     """One replica less on the source, where its siblings have time for its tokens."""
     source = step.source
@@ -163,7 +171,7 @@ def best_replica(layer, rooms, target, other, enough, step):
     return step
 
 
-@compiled
+@in_place
 def take_step(layer, rooms, step):
     """Change the layer."""
     if step.kind == EXCHANGE:

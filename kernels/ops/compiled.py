@@ -28,17 +28,20 @@ def machine_code(
     freedoms: Set[str],
     sources: Iterable[Path],
     is_inlined: bool = False,
+    makes_arrays: bool = True,
 ) -> Callable:
     """Compile a function, or read what an earlier process has compiled, where there is a place to keep it.
 
     `sources` are the other files whose functions it calls. What `is_inlined` is compiled anew into each of
-    its callers.
+    its callers. What makes no arrays counts no references to those it is given: in small loops that counting,
+    at every call and slice, takes many times what the loop does.
     """
     options = {
         "fastmath": set(freedoms),
         "error_model": "numpy",
         "nogil": True,
         "forceinline": is_inlined,
+        "_nrt": makes_arrays,
     }
     own = Path(function.__code__.co_filename)
     folder = kept_folder(own, [own, *sources])
