@@ -223,7 +223,7 @@ class Router:
                     route.is_handed_over = True
                     route.transfer_s += transfer_s
             case RequestFailed():
-                yield from self._failed(message, now_s)
+                yield from self._failed(name, message, now_s)
 
     def _current(self, request_id: str, generation: int) -> Route | None:
         route = self.routes.get(request_id)
@@ -332,10 +332,12 @@ class Router:
             if name in self.nodes:
                 yield SayToNode(name, cancel)
 
-    def _failed(self, failed: RequestFailed, now_s: float) -> Iterator[Command]:
+    def _failed(self, name: str, failed: RequestFailed, now_s: float) -> Iterator[Command]:
         route = self._current(failed.request_id, failed.generation)
         if route is None or route.phase is Phase.WAITING:
             return
+        if name == route.prefill and not route.needs_prefill:
+            return  # it has handed over, and what happens to it meanwhile does not matter any more
         if failed.retryable:
             route.avoids = (route.prefill, route.decode)
             yield from self._try_again(route, failed.reason, failed.message, now_s, rest_s=REST_S)

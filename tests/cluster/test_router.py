@@ -560,6 +560,15 @@ def test_a_failure_for_good_goes_to_the_client(story: Story):
     assert story.router.routes == {}
 
 
+def test_a_prefill_node_that_fails_after_handing_over_ends_no_decoding(story: Story):
+    story.admit("r")
+    story.bring_to("r", Phase.DECODING)
+    story.token("r", 1, 101)
+    failed = RequestFailed("r", 1, "decode_unreachable", "latents could not be sent", True)
+    assert story.said("p1", failed) == []
+    assert story.said("d1", failed) != []
+
+
 def test_a_failed_request_rests_longer_each_time_and_then_fails(story: Story):
     story.admit("r")
     assert reserved(story.failed("r")) == []
