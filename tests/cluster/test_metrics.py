@@ -176,7 +176,7 @@ def test_no_number_of_a_report_is_left_out():
         "pages_cached_count",
         "pages_leased_count",
     }
-    known = {"name", "kind", "address", "dispatch", "load", "pages_total_count"}
+    known = {"name", "kind", "address", "weights_address", "dispatch", "load", "pages_total_count"}
     for report in (GatewayReport, NodeReport, ShardReport):
         assert {field.name for field in fields(report)} - shown - known == set()
 
