@@ -59,7 +59,6 @@ class Desk:
         self.router = Router(lease_s)
         self.requests_waiting_max = requests_waiting_max
         self.tokens_per_s: dict[str, float] = {}
-        self.name = name
         self._recorder = GatewayRecorder()
         self._links = NodeLinks(name, secret, self.tell)
         self._seats: dict[str, Seat] = {}
@@ -167,7 +166,7 @@ class Desk:
 
     def report(self) -> GatewayReport:
         """Numbers about this gateway's requests."""
-        return self._recorder.report(self.name, self.router)
+        return self._recorder.report(self.router)
 
     def close(self) -> None:
         """Let go of the nodes, which then free what this gateway had there."""

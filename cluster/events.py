@@ -44,7 +44,6 @@ class NodeJoined:
 
     name: str
     kind: str
-    address: str
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,6 @@ class GatewayActor:
             self.kind,
             self.address,
             self.state,
-            requests_count=self.desk.requests_count,
             report=self.desk.report(),
             **host_and_pid(),
         )

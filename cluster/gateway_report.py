@@ -16,7 +16,6 @@ OTHER = "other"
 class GatewayReport:
     """Numbers that a gateway returns about itself; counts and distributions since its start."""
 
-    name: str = ""
     requests_running_count: int = 0
     """On nodes now."""
     requests_waiting_count: int = 0
@@ -132,11 +131,10 @@ class GatewayRecorder:
         if self._clocks.pop(request_id, None) is not None:
             self._counts["cancelled"] += 1
 
-    def report(self, name: str, router: Router) -> GatewayReport:
+    def report(self, router: Router) -> GatewayReport:
         """All that was heard until now, and who waits or runs."""
         waiting = [route for route in router.routes.values() if route.phase is Phase.WAITING]
         return GatewayReport(
-            name=name,
             requests_running_count=len(router.routes) - len(waiting),
             requests_waiting_count=len(waiting),
             prompt_tokens_waiting_count=sum(route.tokens_count for route in waiting),

@@ -14,6 +14,7 @@ from cluster import gateway_messages as wire
 from cluster.desk import Desk, Output
 from cluster.errors import Cancelled
 from cluster.events import DeliverTokens, FinishRequest, RoutedRequest
+from cluster.gateway_report import GatewayReport
 from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.request_trace import TRACEPARENT, RequestTrace, RequestTraces
@@ -195,8 +196,8 @@ class InferenceService(trivium_pb2_grpc.InferenceServicer):
             for count in COUNTS:
                 setattr(node, count, getattr(report, count))
             node.tokens_per_s = self._desk.tokens_per_s.get(member.name, 0.0)
-        else:
-            node.requests_running_count = member.requests_count
+        elif isinstance(report, GatewayReport):
+            node.requests_running_count = report.requests_count
         return node
 
 

@@ -91,7 +91,7 @@ class NodeLinks:
         self._kinds[member.name] = member.kind
         self._unanswered_counts[member.name] = 0
         asyncio.get_running_loop().add_reader(channel.fileno(), self._readable, member.name, channel)
-        self._on_event(NodeJoined(member.name, member.kind, member.address))
+        self._on_event(NodeJoined(member.name, member.kind))
         self._ask_report(member.name)
 
     def _ask_report(self, name: str) -> None:

@@ -35,7 +35,6 @@ class Member:
     state: str = READY
     pid: int = 0
     host: str = ""
-    requests_count: int = 0
     loaded_share: float = 1.0
     report: NodeReport | ShardReport | GatewayReport | None = None
     placement: Placement | None = None

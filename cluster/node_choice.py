@@ -14,7 +14,6 @@ class NodeView:
 
     name: str
     kind: str
-    address: str
     is_draining: bool = False
     is_silent: bool = False
     report: NodeReport | None = None

@@ -170,7 +170,7 @@ class Reference:
         report = node.report()
         self._channels[report.name] = self._endpoint.connect(report.address)
         self._channels[report.name].peer = report.name
-        self._tell(NodeJoined(report.name, report.kind, report.address))
+        self._tell(NodeJoined(report.name, report.kind))
         self._tell(NodeSaid(report.name, report))
 
     def _on_frame(self, channel: StreamChannel, frame: Frame) -> None:

@@ -86,9 +86,9 @@ class Router:
                 self._admit(request, now_s)
             case RequestCancelled(request_id):
                 yield from self._end(request_id)
-            case NodeJoined(name, kind, address):
+            case NodeJoined(name, kind):
                 yield from self._node_lost(name, now_s)  # a restart may be seen before the loss
-                self.nodes[name] = NodeView(name, kind, address)
+                self.nodes[name] = NodeView(name, kind)
             case NodeDrained(name) if name in self.nodes:
                 self.nodes[name].is_draining = True
             case NodeFellSilent(name) if name in self.nodes:

@@ -195,7 +195,7 @@ def test_it_can_serve_with_a_node_of_each_kind_that_knows_experts():
     async def run() -> None:
         desk = new_desk()
         for name, kind in (("p", "prefill"), ("d", "decode")):
-            desk.tell(NodeJoined(name, kind, "unix:///x"))
+            desk.tell(NodeJoined(name, kind))
             assert not desk.can_serve
             desk.tell(NodeSaid(name, report(name, kind, epoch=0)))
         assert not desk.can_serve
@@ -211,7 +211,7 @@ def test_it_can_serve_with_a_node_of_each_kind_that_knows_experts():
 def test_rates_are_over_a_while_and_go_with_their_node(monkeypatch):
     async def run() -> None:
         desk = new_desk()
-        desk.tell(NodeJoined("d", "decode", "unix:///x"))
+        desk.tell(NodeJoined("d", "decode"))
         for now_s, tokens_count in ((10.0, 100), (10.25, 200), (10.2501, 200), (11.0, 300)):
             monkeypatch.setattr("cluster.desk.time.monotonic", lambda now_s=now_s: now_s)
             desk.tell(NodeSaid("d", report("d", "decode", tokens_count)))

@@ -27,7 +27,7 @@ SAMPLING = SamplingParameters(tokens_max=100)
 
 def told(recorder: GatewayRecorder) -> GatewayReport:
     """What a recorder tells of a gateway with no requests under way."""
-    return recorder.report("gateway", Router(10.0))
+    return recorder.report(Router(10.0))
 
 
 def test_the_first_token_is_timed_from_admission_and_each_other_from_the_one_before():
@@ -86,7 +86,6 @@ def test_those_who_wait_are_told_by_what_they_want():
 
     asyncio.run(run())
     report = desk.report()
-    assert report.name == "gateway"
     assert (report.requests_waiting_count, report.requests_running_count) == (2, 0)
     assert report.prompt_tokens_waiting_count == 58
     assert report.pages_waiting_count == 5
@@ -155,7 +154,7 @@ def test_a_stop_string_is_a_finish():
 def test_another_attempt_is_a_retry_and_behind_tokens_a_migration():
     router = Router(10.0)
     for name, kind in (("p", "prefill"), ("d", "decode")):
-        router.handle(NodeJoined(name, kind, f"memory://{name}"), 0.0)
+        router.handle(NodeJoined(name, kind), 0.0)
         report = NodeReport(name, kind, "", 0, 0, 0, 99, 99, 0, 0, 0, 0, 1, 0)
         router.handle(NodeSaid(name, report), 0.0)
     desk = Desk("gateway", "a secret", 10.0, 4)

@@ -21,6 +21,7 @@ from cluster.errors import (
 )
 from cluster.events import DeliverTokens, FailRequest, FinishRequest, Phases, RequestCancelled
 from cluster.gateway import SERVICE
+from cluster.gateway_report import GatewayReport
 from cluster.gateway_service import STATES, VALIDATED_INLINE_BYTES
 from cluster.gateway_service import Delta as ServiceDelta
 from cluster.membership import DRAINING, STARTING, Member, View
@@ -334,7 +335,8 @@ def test_get_model_and_get_cluster(nodes):
         Member(name, "experts", "unix:///s", report=ShardReport(name, "unix:///s", 3, 8, 5, 40, 0, 0, ()))
         for name in ("s1", "s2")
     ]
-    others = (Member("g", "gateway", "x", requests_count=3), Member("late", "decode", "", STARTING), *shards)
+    report = GatewayReport(requests_running_count=2, requests_waiting_count=1)
+    others = (Member("g", "gateway", "x", report=report), Member("late", "decode", "", STARTING), *shards)
 
     async def run() -> None:
         view = view_of(nodes)

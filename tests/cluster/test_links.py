@@ -93,7 +93,7 @@ def test_a_node_joins_is_asked_and_speaks(start):
     async def run() -> None:
         gateway = Gateway()
         await gateway.joined(node)
-        assert gateway.events == [NodeJoined("d", "decode", node.endpoint.address)]
+        assert gateway.events == [NodeJoined("d", "decode")]
         node.report(7)
         await gateway.until(lambda: gateway.of(NodeSaid))
         assert gateway.of(NodeSaid)[0].message.tokens_count == 7

@@ -15,13 +15,13 @@ def report(
 
 
 def node(name: str, kind: str = "decode", **numbers: int) -> NodeView:
-    view = NodeView(name, kind, f"memory://{name}", report=report(name, kind, **numbers))
+    view = NodeView(name, kind, report=report(name, kind, **numbers))
     view.pages_available_count = view.report.pages_free_count + view.report.pages_cached_count
     return view
 
 
 def unknown(kind: str) -> NodeView:
-    return NodeView("unknown", kind, "memory://unknown")
+    return NodeView("unknown", kind)
 
 
 def draining(view: NodeView) -> NodeView:

@@ -69,7 +69,7 @@ class Story:
 
     def join(self, name: str, pages: int = 10) -> list[Command]:
         kind = "prefill" if name.startswith("p") else "decode"
-        self.tell(NodeJoined(name, kind, f"memory://{name}"))
+        self.tell(NodeJoined(name, kind))
         return self.report(name, pages, pages)
 
     def report(self, name: str, free: int, total: int) -> list[Command]:
@@ -283,7 +283,7 @@ def test_a_request_waits_for_nodes_that_have_told_their_numbers():
     story = Story()
     assert story.admit("r") == []
     assert story.join("p1") == []
-    assert story.tell(NodeJoined("d1", "decode", "memory://d1")) == []
+    assert story.tell(NodeJoined("d1", "decode")) == []
     assert story.router.requests_waiting_count == 1
     assert reserved(story.report("d1", 10, 10)) == [("r", "d1")]
 
@@ -403,7 +403,7 @@ def test_a_prompt_larger_than_every_prefill_node_fails_too():
 
 
 def test_a_large_request_waits_while_a_node_has_not_told_its_size(story: Story):
-    story.tell(NodeJoined("d2", "decode", "memory://d2"))
+    story.tell(NodeJoined("d2", "decode"))
     assert story.admit("r", pages=11) == []
     assert reserved(story.report("d2", 20, 20)) == [("r", "d2")]
 
@@ -492,7 +492,7 @@ def test_what_an_earlier_attempt_still_says_is_not_heard(story: Story):
 def test_a_node_that_comes_back_unannounced_has_forgotten_its_requests(story: Story):
     story.admit("r")
     story.bring_to("r", Phase.DECODING)
-    story.tell(NodeJoined("d1", "decode", "memory://d1"))
+    story.tell(NodeJoined("d1", "decode"))
     assert story.phase("r") is Phase.WAITING
     assert reserved(story.report("d1", 10, 10)) == [("r", "d1")]
 

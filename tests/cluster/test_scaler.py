@@ -66,7 +66,7 @@ class Town:
         self.timings: list[dict[str, float]] = []
         self.scaler.autoscaler.timed = lambda **times: self.timings.append(times)
         self._clock = clock
-        self.add(Member("g", "gateway", "", pid=9, report=GatewayReport("g")))
+        self.add(Member("g", "gateway", "", pid=9, report=GatewayReport()))
 
     def add(self, *members: Member) -> None:
         """Members that beat from now on."""

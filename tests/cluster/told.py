@@ -24,7 +24,6 @@ def seen(*values: float) -> Distribution:
 def gateway_report(scale: int = 1) -> GatewayReport:
     """A gateway that has seen all that can happen, `scale` times."""
     return GatewayReport(
-        name="gateway-1",
         requests_running_count=4,
         requests_waiting_count=3,
         prompt_tokens_waiting_count=900,

@@ -99,7 +99,7 @@ class Gateway:
         channel.peer = name
         self._channels[name] = channel
         kind = "prefill" if isinstance(node, PrefillNode) else "decode"
-        self.tell(NodeJoined(name, kind, node.endpoint.address))
+        self.tell(NodeJoined(name, kind))
         self._send(name, AskReport())
 
     def _send(self, name: str, message: object) -> None:
