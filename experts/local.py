@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from experts.load import ExpertLoad
 from experts.weights import ExpertWeights, every_expert, load_experts
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
-from kernels.model.config import ModelConfig
 from kernels.ops.expert_mlp import expert_mlp
 from kernels.ops.mix import mix
 from kernels.ops.sort_by_expert import sort_by_expert
@@ -29,9 +27,8 @@ class LocalExperts:
 
     is_recordable = False
 
-    def __init__(self, config: ModelConfig, weights: ExpertWeights):
+    def __init__(self, weights: ExpertWeights):
         self._weights = weights
-        self.load = ExpertLoad(config.dense_layers_count, len(config.moe_layers), config.routed_experts_count)
 
     @classmethod
     def from_checkpoint(
@@ -42,8 +39,7 @@ class LocalExperts:
         device: torch.device | str = "cpu",
     ) -> "LocalExperts":
         """Load every expert of a checkpoint; raises CheckpointError."""
-        weights = load_experts(checkpoint, every_expert(checkpoint), dtype, on_progress, device)
-        return cls(checkpoint.config, weights)
+        return cls(load_experts(checkpoint, every_expert(checkpoint), dtype, on_progress, device))
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
@@ -52,5 +48,4 @@ class LocalExperts:
         order, present, counts = sort_by_expert(expert_ids)
         held = [self._weights[layer, expert] for expert in present]
         outputs = expert_mlp(hidden, order // expert_ids.shape[1], held, counts)
-        self.load.add(layer, present, counts)
         return Computed(mix(outputs, expert_weights, order))

@@ -44,16 +44,6 @@ def test_a_token_keeps_its_bits_in_any_batch(local):
     )
 
 
-def test_load_is_counted(checkpoint):
-    experts = LocalExperts.from_checkpoint(checkpoint, torch.float32)
-    hidden, ids, weights = drawn_tokens(10)
-    experts.dispatch(2, hidden, ids, weights)
-    assert experts.load.table() == (
-        (0,) * EXPERTS,
-        tuple(torch.bincount(ids.flatten(), minlength=EXPERTS).tolist()),
-    )
-
-
 def test_weights_load_by_layer_and_say_so(checkpoint):
     progress = []
     held = load_experts(

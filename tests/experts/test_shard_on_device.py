@@ -54,7 +54,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Checkpoint]:
 def truths(checkpoints) -> dict[str, LocalExperts]:
     """All experts of each as a CPU computes them, FP8 as it is."""
     return {
-        name: LocalExperts(one.config, load_experts(one, every_expert(one), torch.float32, keeps_fp8=True))
+        name: LocalExperts(load_experts(one, every_expert(one), torch.float32, keeps_fp8=True))
         for name, one in checkpoints.items()
     }
 
