@@ -117,6 +117,7 @@ def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNo
         section.requests_max,
         section.micro_batches,
         packs_latents=place.config.model.latents == "fp8",
+        step_s_max=STEP_TIMEOUTS * place.config.experts.dispatch_timeout_s,
     )
     return PrefillNode(config, transformer)
 

@@ -160,6 +160,15 @@ def test_a_post_from_its_first_heartbeat_to_its_last(place, transformer, kind: s
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("make", [post_module.make_prefill, post_module.make_decode])
+def test_a_steps_time_goes_by_the_patience_of_its_dispatches(place, transformer, make: Callable):
+    experts = place.config.experts.model_copy(update={"dispatch_timeout_s": 7.0})
+    patient = replace(place, config=place.config.model_copy(update={"experts": experts}))
+    node = make("name", patient, transformer)
+    node.close()
+    assert node.config.step_s_max == 28.0
+
+
 def test_one_that_never_opened_closes_too(place):
     async def run() -> None:
         coordinator = Coordinator()
@@ -244,7 +253,6 @@ def test_a_step_that_outlasts_its_node_keeps_the_experts_that_it_uses(place, tra
         post = Post("decode", "decode", place, Coordinator(), refuse)
         await asyncio.to_thread(post.open, transformer)
         node, blocked, freed = post.node, threading.Event(), threading.Event()
-        assert node.config.step_s_max == 4 * place.config.experts.dispatch_timeout_s
         node.config = replace(node.config, step_s_max=0.05)
         closed = []
         monkeypatch.setattr(post.experts, "close", lambda: closed.append(1))
