@@ -28,7 +28,7 @@ def count_replicas(tokens, least, slots_count, shards_count):
 
 @compiled
 def pack(layer, rooms):
-    """Each replica, heaviest first, onto the shard with most time left; False where the slots do not suffice."""
+    """Each replica, heaviest first, onto the shard with most time left; False where slots do not suffice."""
     return pack_in_order(
         layer, rooms, np.argsort(-layer.share, kind="mergesort"), np.zeros(rooms.hosts_count, np.int64)
     )
