@@ -270,6 +270,7 @@ def test_a_decode_node_that_never_reads_holds_up_no_other(monkeypatch):
     assert outbox._waiting(), "the frozen node took all: nothing was tested"
     assert outbox.is_alive
     outbox.close()
+    assert not outbox.is_alive
     for part in (own, well, frozen):
         part.close()
 
