@@ -31,11 +31,13 @@ class Tiling(NamedTuple):
     tokens: int
     warps_count: int
     stages_count: int
+    running_count: int = 1
+    """Programs for which a multiprocessor has registers and shared memory."""
 
 
 # Few rows wait for memory: two programs on a multiprocessor, each with two blocks of latents under way. FP8
 # waits for its conversion, which twice as many warps share.
-NARROW = Tiling(rows=16, tokens=32, warps_count=4, stages_count=3)
+NARROW = Tiling(rows=16, tokens=32, warps_count=4, stages_count=3, running_count=2)
 NARROW_PACKED = Tiling(rows=16, tokens=64, warps_count=8, stages_count=3)
 # Many rows wait for products, whose operands both lie in shared memory: with 32 tokens it would be read 1.7
 # times as often. More stages do not fit beside the queries.
@@ -66,8 +68,8 @@ def mla_decode_kernel(
     if batch_invariant:
         plan = invariant_split_plan(context_tokens_max)
     else:
-        processors_count = multiprocessors_count(queries.device)
-        plan = split_plan(requests_count, row_tiles_count, context_tokens_max, processors_count)
+        running_count = tiling.running_count * multiprocessors_count(queries.device)
+        plan = split_plan(requests_count, row_tiles_count, context_tokens_max, running_count)
     means, sums = scratch_for(plan, out, requests_count, rows_count)
     parts = parts_of(latents, value_dim)
     widths = (width_of(value_dim), width_of(queries.shape[2] - value_dim))
@@ -113,7 +115,7 @@ def tiling_for(rows_count: int, is_packed: bool) -> Tiling:
 
 
 def multiprocessors_count(device: torch.device) -> int:
-    """How many programs run at the same time, one on each."""
+    """How many there are, or of a large Hopper GPU where there is none."""
     if device.type != "cuda":
         return MULTIPROCESSORS_COUNT
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -36,16 +36,16 @@ def invariant_split_plan(context_tokens_max: int) -> SplitPlan:
 
 
 def split_plan(
-    requests_count: int, row_tiles_count: int, context_tokens_max: int, multiprocessors_count: int
+    requests_count: int, row_tiles_count: int, context_tokens_max: int, running_count: int
 ) -> SplitPlan:
-    """Splits by which a batch is done soonest: programs come in waves of one for each multiprocessor.
+    """Splits by which a batch is done soonest: programs come in waves of as many as run at the same time.
 
     Of plans that take the same time the one of fewest splits is chosen.
     """
     tiles_count = requests_count * row_tiles_count
 
     def time_tokens(splits_count: int) -> int:
-        waves_count = -(-tiles_count * splits_count // multiprocessors_count)
+        waves_count = -(-tiles_count * splits_count // running_count)
         units_count = -(-context_tokens_max // (UNIT_TOKENS * splits_count))
         return waves_count * (units_count * UNIT_TOKENS + SPLIT_COST_TOKENS * (splits_count > 1))
 

@@ -155,6 +155,34 @@ def test_the_soonest_splits_give_the_same_numbers(device):
     assert_close(attended(requests, device, batch_invariant=False), expected_of(requests))
 
 
+class Grids(list):
+    """A kernel that only notes how it is launched."""
+
+    def __getitem__(self, grid):
+        self.append(grid)
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize(
+    ("heads_count", "is_packed", "splits_count"),
+    [(16, False, 8), (16, True, 4), (128, False, 2), (128, True, 2)],
+    ids=["few rows, two programs a processor", "few rows in FP8", "many rows", "many rows in FP8"],
+)
+def test_the_soonest_splits_fill_as_many_programs_as_run(heads_count, is_packed, splits_count, monkeypatch):
+    grids = Grids()
+    monkeypatch.setattr(product, "_attend_split", grids)
+    monkeypatch.setattr(product, "_merge_splits", Grids())
+    requests_count, pages_count = 33, 128
+    queries = torch.empty(requests_count, heads_count, VALUE + POSITION, dtype=torch.bfloat16, device="meta")
+    row_size, dtype = (packed_bytes(VALUE, POSITION), torch.uint8) if is_packed else (80, torch.bfloat16)
+    latents = torch.empty(1, PAGE_TOKENS, row_size, dtype=dtype, device="meta")
+    pages = torch.empty(requests_count, pages_count, dtype=torch.int32, device="meta")
+    for batch_invariant in (False, True):
+        mla_decode_kernel(queries, latents, pages, pages[:, 0], VALUE, SCALE, batch_invariant)
+    tiles_count = 1 if heads_count == 16 else 2
+    assert grids == [(tiles_count, requests_count, splits_count), (tiles_count, requests_count, 8)]
+
+
 @pytest.mark.parametrize("is_packed", [False, True], ids=["bfloat16", "FP8"])
 @pytest.mark.parametrize("newest_count", [1, 3])
 def test_a_request_has_the_same_bits_alone_and_in_company(newest_count, is_packed, device):

@@ -11,13 +11,13 @@ from kernels.ops.split_context import (
     split_plan,
 )
 
-MULTIPROCESSORS_COUNT = 132
+RUNNING_COUNT = 132
 
 
 def waves_share(plan: SplitPlan, tiles_count: int) -> float:
     """How much of the waves that its programs take is used."""
     programs_count = tiles_count * plan.splits_count
-    return programs_count / (-(-programs_count // MULTIPROCESSORS_COUNT) * MULTIPROCESSORS_COUNT)
+    return programs_count / (-(-programs_count // RUNNING_COUNT) * RUNNING_COUNT)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def waves_share(plan: SplitPlan, tiles_count: int) -> float:
     ],
 )
 def test_batches_are_split_into_full_waves(requests_count, row_tiles_count, context_tokens_max, splits_count):
-    plan = split_plan(requests_count, row_tiles_count, context_tokens_max, MULTIPROCESSORS_COUNT)
+    plan = split_plan(requests_count, row_tiles_count, context_tokens_max, RUNNING_COUNT)
     assert plan == SplitPlan(UNIT_TOKENS, splits_count)
 
 
 @pytest.mark.parametrize("requests_count", [1, 3, 8, 20, 67, 128])
 @pytest.mark.parametrize("context_tokens_max", [1, 700, 8_192, 131_072])
 def test_a_plan_splits_neither_below_a_unit_nor_into_waves_that_idle(requests_count, context_tokens_max):
-    plan = split_plan(requests_count, 2, context_tokens_max, MULTIPROCESSORS_COUNT)
+    plan = split_plan(requests_count, 2, context_tokens_max, RUNNING_COUNT)
     assert (plan.splits_count - 1) * plan.unit_tokens < context_tokens_max
     if context_tokens_max >= 131_072:
         assert waves_share(plan, requests_count * 2) > 0.9
