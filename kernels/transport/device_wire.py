@@ -328,7 +328,7 @@ class DeviceWire(StreamChannel):
         while True:
             found = self._take_in()
             self._send_on()
-            if self._ending is not None or self._ended:
+            if self._ending is not None or self._ended or self._peer_deaf:
                 self._bell.ring()
                 return False
             if happened():

@@ -563,6 +563,20 @@ def test_nobody_joins_a_gpu_whose_process_has_gone_already(links):
     assert len(links) == 3 and not any(link.opening for link in links)
 
 
+def test_nobody_joins_who_could_not_be_told_of_it(links):
+    with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
+        here = connect(listener.address, SECRET, "here")
+        there = accepted(listener.accept(), listener.address)
+    with contextlib.closing(here), contextlib.closing(there):
+        here.send("more than a socket takes", None, [memoryview(bytes(32 << 20))])
+        StreamChannel.send(there, OWN, ["welcome", links[-1].answer(links[-2].offer())])
+        eventually(here._agreed.is_set)
+        with here._lock:
+            here._stop_sending()
+        here._threads[0].join(WAIT_S)
+        assert not here._threads[0].is_alive() and not links[-2].opening
+
+
 def test_who_is_not_listened_to_is_read_up_to_a_limit(pair, monkeypatch):
     monkeypatch.setattr(device_wire, "ASIDE_BYTES_MAX", 10_000)
     for number in range(3000):
