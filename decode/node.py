@@ -165,7 +165,7 @@ class DecodeNode:
         self._stopping = True
         self._work.set()
         if self._thread is not None:
-            self._thread.join(self.config.step_s_max if self.is_alive else 0)
+            self._thread.join(0 if self._watch.is_stuck else self.config.step_s_max)
         self._close_endpoints()
         if self._thread is not None and self._thread.is_alive():
             raise StepsFail(f"{self.config.name} has closed, but its step goes on: the process has to end")

@@ -23,7 +23,7 @@ from experts.messages import DispatchReport
 from kernels.model.host_copies import HostCopies, check_device
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PagesExhausted, PagesLost
-from kernels.model.step_watch import StepWatch
+from kernels.model.step_watch import StepsFail, StepWatch
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
@@ -162,13 +162,15 @@ class PrefillNode:
         )
 
     def close(self) -> None:
-        """Stop all threads and free the address."""
+        """Stop all threads and free the address; raises StepsFail while a step goes on."""
         self._stopping = True
         self._work.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(0 if self._watch.is_stuck else self.config.step_s_max)
         self.outbox.close()
         self.endpoint.close()
+        if self._thread is not None and self._thread.is_alive():
+            raise StepsFail(f"{self.config.name} has closed, but its step goes on: the process has to end")
 
     def _run(self) -> None:
         try:

@@ -12,6 +12,7 @@ from decode.messages import UP as DECODE_UP
 from experts.errors import ExpertsUnavailable
 from experts.local import LocalExperts
 from kernels.model.latent_cache import slots_of
+from kernels.model.step_watch import StepsFail
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelClosed
 from prefill.messages import DOWN, FirstTokenChunk, HandedOver, PrefillPrompt
@@ -330,7 +331,8 @@ def test_a_step_without_end_shows_while_the_node_still_answers(stage, monkeypatc
         assert stage.prefill.is_alive
         stage.now_s += stage.prefill.config.step_s_max + 1
         assert not stage.prefill.is_alive
-    assert stage.prefill.is_alive
+        with pytest.raises(StepsFail, match="the process has to end"):
+            stage.prefill.close()
     stage.prefill._stopped.set()
 
 
