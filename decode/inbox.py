@@ -88,7 +88,7 @@ class Inbox:
             self._forget(asked.request_id, asked.generation)
             available = self._cache.pool.pages_available_count
             if asked.request_id in self._waiting or wanted > available:
-                return ReservationRefused(asked.request_id, asked.generation, wanted, available)
+                return ReservationRefused(asked.request_id, asked.generation, available)
             pages = self._cache.pool.lease(wanted)
             now_s = self._clock()
             counts = [0] * self._cache.layers_count

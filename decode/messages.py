@@ -99,7 +99,6 @@ class ReservationRefused:
 
     request_id: str
     generation: int
-    pages_wanted_count: int
     pages_available_count: int
 
 

@@ -42,7 +42,6 @@ class FirstTokenChunk:
 
     chunk: TokenChunk
     cached_tokens_count: int
-    queued_s: float
     prefill_s: float
 
 

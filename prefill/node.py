@@ -348,10 +348,9 @@ class PrefillNode:
         found = samples.logprobs[row]
         logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
         chunk = TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
-        queued_s = request.begun_s - request.arrived_s
         prefill_s = request.computed_s - request.begun_s
         # the client first: else the outbox's thread has its turn now, and decode's token overtakes this one
-        self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, queued_s, prefill_s))
+        self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, prefill_s))
         if reason is None:
             with self._lock:
                 self._in_transfer[request.key] = request

@@ -168,7 +168,7 @@ def test_another_attempt_is_a_retry_and_behind_tokens_a_migration():
         router._wake_rested(float("inf"))
         desk.tell(NodeLost("nobody"))
         desk.tell(NodeSaid("d", PageReservation("a", route.generation, "memory://d")))
-        first = FirstTokenChunk(TokenChunk("a", route.generation, 0, (7,)), 0, 0.1, 0.2)
+        first = FirstTokenChunk(TokenChunk("a", route.generation, 0, (7,)), 0, 0.2)
         desk.tell(NodeSaid("p", first))
         assert desk.report().requests_running_count == 1
         desk.tell(NodeLost("d"))

@@ -97,13 +97,12 @@ class Story:
 
     def refused(self, name: str, available: int) -> list[Command]:
         route = self.router.routes[name]
-        wanted = route.pages_wanted_count
-        return self.said(route.decode, ReservationRefused(name, route.generation, wanted, available))
+        return self.said(route.decode, ReservationRefused(name, route.generation, available))
 
     def first(self, name: str, token: int, finish: str | None = None) -> list[Command]:
         route = self.router.routes[name]
         chunk = TokenChunk(name, route.generation, len(route.outputs), (token,), finish)
-        return self.said(route.prefill, FirstTokenChunk(chunk, 0, 0.0, 0.25))
+        return self.said(route.prefill, FirstTokenChunk(chunk, 0, 0.25))
 
     def handed_over(self, name: str) -> list[Command]:
         route = self.router.routes[name]
@@ -256,8 +255,8 @@ def test_what_nodes_still_say_of_a_cancelled_request_is_not_heard(story: Story):
     chunk = TokenChunk("r", 1, 0, (100,))
     messages = [
         PageReservation("r", 1, "memory://d1"),
-        ReservationRefused("r", 1, 1, 0),
-        FirstTokenChunk(chunk, 0, 0.0, 0.0),
+        ReservationRefused("r", 1, 0),
+        FirstTokenChunk(chunk, 0, 0.0),
         HandedOver("r", 1, 0.0),
         TokenChunks((chunk,)),
         RequestFailed("r", 1, "broken", "it broke", True),
@@ -485,7 +484,7 @@ def test_what_an_earlier_attempt_still_says_is_not_heard(story: Story):
     assert (waiting, reserving) == ([], [])
     assert story.said("p1", RequestFailed("r", 1, "broken", "it broke", False)) == []
     assert story.said("d1", PageReservation("r", 1, "memory://d1")) == []
-    assert story.said("d1", ReservationRefused("r", 1, 1, 0)) == []
+    assert story.said("d1", ReservationRefused("r", 1, 0)) == []
     assert story.phase("r") is Phase.RESERVING
 
 

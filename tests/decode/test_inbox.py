@@ -109,7 +109,7 @@ def test_a_prompt_that_has_outputs_already_needs_no_more_pages_for_them(place):
 def test_no_room_is_said_with_numbers_and_changes_nothing(place):
     place.reserve("a", tokens=600, outputs=10)
     answer = place.reserve("b", tokens=100, outputs=100)
-    assert answer == ReservationRefused("b", 1, pages_wanted_count=4, pages_available_count=2)
+    assert answer == ReservationRefused("b", 1, pages_available_count=2)
     assert place.counts() == (2, 10)
 
 

@@ -104,7 +104,7 @@ TO_NODE = [
 ]
 FROM_NODE = [
     PageReservation("r", 1, "unix:///tmp/decode.sock"),
-    ReservationRefused("r", 1, 10, 3),
+    ReservationRefused("r", 1, 3),
     TokenChunks((TokenChunk("r", 1, 4, (7,), STOP, (TokenLogprob(-0.5, ((7, -0.5), (8, -1.5))),)),)),
     TokenChunks((TokenChunk("r", 1, 4, (7, 8)), TokenChunk("s", 2, 0, (9,), LENGTH))),
     RequestFailed("r", 1, "experts_unavailable", "no answer", True),
