@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from cluster.errors import InvalidModel
-from kernels.model.checkpoint import Checkpoint, CheckpointError
+from kernels.model.checkpoint import Checkpoint
 from kernels.model.config import ModelConfigError
+from kernels.model.safetensors_header import CheckpointError
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

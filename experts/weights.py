@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.model.checkpoint import Checkpoint, CheckpointError, ProgressCallback, expert_names
+from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.config import ModelConfig
+from kernels.model.safetensors_header import CheckpointError
+from kernels.model.tensor_names import expert_names
 from kernels.ops.expert_mlp import GatedWeights
 from kernels.ops.linear_fp8 import WEIGHT_BLOCK
 from kernels.ops.projection import is_fp8, moved

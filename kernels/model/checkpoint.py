@@ -13,22 +13,11 @@ from kernels.model.safetensors_header import CheckpointError, StoredTensor, pars
 from kernels.model.tensor_names import (
     GATE_BIAS_SUFFIX,
     SCALE_SUFFIX,
-    attention_half_names,
     expected_shapes,
-    expert_names,
 )
 from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Weight
 from kernels.ops.projection import Weight
 from kernels.ops.quantize import dequantize_blocks, scale_shape
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "ProgressCallback",
-    "attention_half_names",
-    "expected_shapes",
-    "expert_names",
-]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

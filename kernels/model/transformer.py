@@ -6,11 +6,12 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 
 from kernels.model.attention import LatentAttention, Rotation
-from kernels.model.checkpoint import Checkpoint, ProgressCallback, attention_half_names
+from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.config import ModelConfig
 from kernels.model.latent_cache import LatentLayout
 from kernels.model.layers import Weights, gated_weights, rope_frequencies, rope_scale
 from kernels.model.moe import MixtureOfExperts, RoutedExperts
+from kernels.model.tensor_names import attention_half_names
 from kernels.ops.expert_mlp import gated_mlp
 from kernels.ops.linear import linear, packed
 from kernels.ops.projection import Weight, moved

@@ -15,8 +15,9 @@ from experts.messages import WEIGHTS
 from experts.shard import ExpertShard
 from experts.siblings import are_numbers, checksum
 from experts.weights import ExpertFormat, every_expert, load_experts
-from kernels.model.checkpoint import Checkpoint, CheckpointError
+from kernels.model.checkpoint import Checkpoint
 from kernels.model.host_copies import brought
+from kernels.model.safetensors_header import CheckpointError
 from kernels.ops import expert_mlp as expert_mlp_module
 from kernels.ops.backend import kernels_forced
 from kernels.ops.expert_bank_kernel import TILES, tiles_for

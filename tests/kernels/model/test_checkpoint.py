@@ -8,14 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels.model.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    attention_half_names,
-    expected_shapes,
-    expert_names,
-)
+from kernels.model.checkpoint import Checkpoint
 from kernels.model.config import ModelConfig
+from kernels.model.safetensors_header import CheckpointError
+from kernels.model.tensor_names import attention_half_names, expected_shapes, expert_names
 from kernels.ops.quantize import dequantize_blocks
 from tests.checkpoints import NAMES, build, random_prompt, reference_logits, reference_tokens, twin_folder
 
