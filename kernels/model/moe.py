@@ -6,6 +6,7 @@ import torch
 
 from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, gated_weights
+from kernels.ops.backend import runs_kernel
 from kernels.ops.expert_mlp import gated_mlp
 from kernels.ops.gate import gate_greedy, gate_noaux_tc
 from kernels.ops.linear import linear, packed
@@ -50,14 +51,15 @@ class MixtureOfExperts:
         self.layer = layer
         prefix = f"model.layers.{layer}.mlp."
         gate = weights[f"{prefix}gate.weight"]
-        self._gate = packed(gate.float())
+        # A GPU's products of bfloat16 are exact in float32; a CPU's library would round their sums.
+        self._gate = gate if runs_kernel(gate) else packed(gate.float())
         self._gate_bias = weights.get(f"{prefix}gate.e_score_correction_bias")
         shared = config.shared_experts_count > 0
         self._shared = gated_weights(weights, f"{prefix}shared_experts.", gate.dtype) if shared else None
 
     def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert weights float32 and ids int64, `[tokens, choices]`, of `hidden [tokens, hidden]`."""
-        logits = linear(hidden.float(), self._gate)
+        logits = linear(hidden.to(self._gate.dtype), self._gate, dtype=torch.float32)
         gate = self.config.gate
         limits = (gate.experts_per_token, gate.groups_count, gate.groups_per_token)
         if gate.method == "noaux_tc":

@@ -33,9 +33,14 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def linear_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """What `linear` computes, in torch."""
+    """What `linear` computes, in torch, all of it in `dtype`."""
+    if dtype not in (None, hidden.dtype):
+        hidden, weight, bias = (part if part is None else part.to(dtype) for part in (hidden, weight, bias))
     rows_count = hidden.shape[0]
     missing = rows_missing(rows_count, weight)
     if missing:
@@ -47,11 +52,19 @@ def linear_reference(
     return out[:rows_count] if missing else out
 
 
-def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`hidden [rows, in] @ weight [out, in].T + bias`, each row with the same bits in any batch."""
+def linear(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`hidden [rows, in] @ weight [out, in].T + bias`, each row with the same bits in any batch.
+
+    In the type of `hidden`, or in a wider `dtype`: then nothing is rounded to that of `hidden` on the way.
+    """
     if runs_kernel(hidden) and not weight.is_mkldnn:  # what is packed for a CPU, its library alone can read
-        return linear_kernel(hidden, weight, bias)
-    return linear_reference(hidden, weight, bias)
+        return linear_kernel(hidden, weight, bias, dtype)
+    return linear_reference(hidden, weight, bias, dtype)
 
 
 def linear_by_head_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

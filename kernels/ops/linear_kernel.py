@@ -32,6 +32,8 @@ class Cut(NamedTuple):
     """Outputs of the smallest tile."""
     part_steps_min: int
     """Shorter parts would cost more to add than they save."""
+    part_steps_min_of_few: int
+    """The same where outputs are so few that next to no part would have a processor."""
 
 
 class Tile(NamedTuple):
@@ -43,7 +45,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-NARROW_CUT, WIDE_CUT = Cut(step=64, outs=128, part_steps_min=12), Cut(step=16, outs=32, part_steps_min=16)
+NARROW_CUT = Cut(step=64, outs=128, part_steps_min=12, part_steps_min_of_few=4)
+WIDE_CUT = Cut(step=16, outs=32, part_steps_min=16, part_steps_min_of_few=16)
+FEW_OUTS_MAX = 512  # those of a gate: four tiles
 NARROW_FEW = (Tile(128, 16, 4, 6), Tile(128, 32, 4, 5), Tile(128, 64, 4, 4))
 NARROW_MANY, NARROW_MOST = Tile(128, 128, 8, 4), Tile(128, 256, 8, 4)
 NARROW_MOST_ROWS_MIN = 1024  # fewer would leave too much of the last of the largest tiles empty
@@ -51,7 +55,10 @@ WIDE_FEW, WIDE_MANY = Tile(32, 16, 4, 12), Tile(128, 32, 4, 4)
 
 
 def linear_kernel(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """As `linear`, in one launch, or two with few rows and a weight of few outputs.
 
@@ -59,7 +66,7 @@ def linear_kernel(
     """
     (rows_count, in_count), out_count = hidden.shape, len(weight)
     _check(hidden, weight, weight.shape[1:] == (in_count,) and (bias is None or bias.shape == (out_count,)))
-    out = torch.empty(rows_count, out_count, dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty(rows_count, out_count, dtype=dtype or hidden.dtype, device=hidden.device)
     parts_count = parts_of(out_count, in_count, hidden.dtype)
     tile = tile_of(rows_count, out_count, parts_count, hidden.dtype)
     hidden, weight = hidden.unsqueeze(1), weight.unsqueeze(0)
@@ -86,7 +93,8 @@ def parts_of(out_count: int, in_count: int, dtype: torch.dtype) -> int:
     """Parts into which a sum over so many inputs is cut: as many steps in each."""
     cut = cut_of(dtype)
     steps_count = triton.cdiv(in_count, cut.step)
-    most = min(PROGRAMS_WANTED // triton.cdiv(out_count, cut.outs), steps_count // cut.part_steps_min)
+    part_steps_min = cut.part_steps_min_of_few if out_count <= FEW_OUTS_MAX else cut.part_steps_min
+    most = min(PROGRAMS_WANTED // triton.cdiv(out_count, cut.outs), steps_count // part_steps_min)
     return next((count for count in range(most, 1, -1) if steps_count % count == 0), 1)
 
 

@@ -1,16 +1,20 @@
-"""The choice of experts: a token's is the same in any company."""
+"""The choice of experts: a token's is the same in any company, and on a GPU."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from kernels.model.moe import MixtureOfExperts
+from kernels.ops.backend import kernels_forced
 from tests.kernels.model.models import configs
 from tests.kernels.ops.rows import DTYPES, ROWS_COUNT, THREADS, assert_rows_keep_their_bits, threads
 
+WEIGHTS_TOLERANCE = 1e-5  # of float32 sums in another order; a gate in bfloat16 would be off by 1e-2
 
-@pytest.mark.parametrize("threads_count", THREADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_chooses_the_same_experts_in_any_batch(dtype, threads_count):
+
+def drawn_mixture(dtype: torch.dtype, device: torch.device | str = "cpu") -> MixtureOfExperts:
+    """A gate for 20 experts and one shared expert, whose numbers depend on the seed alone."""
     experts = {
         "first_k_dense_replace": 0,
         "n_routed_experts": 20,
@@ -26,7 +30,13 @@ def test_a_token_chooses_the_same_experts_in_any_batch(dtype, threads_count):
         f"{prefix}shared_experts.up_proj.weight": torch.randn(16, 48).to(dtype),
         f"{prefix}shared_experts.down_proj.weight": torch.randn(48, 16).to(dtype),
     }
-    moe = MixtureOfExperts(config, weights, 0)
+    return MixtureOfExperts(config, {name: weight.to(device) for name, weight in weights.items()}, 0)
+
+
+@pytest.mark.parametrize("threads_count", THREADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_chooses_the_same_experts_in_any_batch(dtype, threads_count):
+    moe = drawn_mixture(dtype)
     hidden = torch.randn(ROWS_COUNT, 48).to(dtype)
 
     def chosen(some: slice) -> torch.Tensor:
@@ -36,3 +46,18 @@ def test_a_token_chooses_the_same_experts_in_any_batch(dtype, threads_count):
 
     with threads(threads_count):
         assert_rows_keep_their_bits(chosen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_keeps_the_gate_as_it_is_and_chooses_alike(dtype, seed, device):
+    plain = drawn_mixture(dtype)
+    torch.manual_seed(seed)
+    with nullcontext() if device.type == "cuda" else kernels_forced():
+        moe = drawn_mixture(dtype, device)
+        assert moe._gate.dtype == dtype and plain._gate.dtype == torch.float32
+        assert moe._gate_bias.dtype == torch.float32
+        hidden = torch.randn(9, 48).to(dtype)
+        weights, ids = moe.choose(hidden.to(device))
+    expected_weights, expected_ids = plain.choose(hidden)
+    assert weights.dtype == torch.float32 and torch.equal(ids.cpu(), expected_ids)
+    assert (weights.cpu() - expected_weights).abs().max() < WEIGHTS_TOLERANCE

@@ -5,7 +5,7 @@ import torch
 
 from kernels.ops import linear_kernel as kernel_module
 from kernels.ops.backend import kernels_forced
-from kernels.ops.linear import linear, linear_by_head, packed
+from kernels.ops.linear import linear, linear_by_head, linear_reference, packed
 from kernels.ops.linear_kernel import (
     linear_by_head_kernel,
     linear_kernel,
@@ -16,7 +16,7 @@ from kernels.ops.linear_kernel import (
 
 DTYPES = (torch.float32, torch.bfloat16)
 OUT_OF_PARTS = 72
-IN_OF_PARTS = {torch.float32: 512, torch.bfloat16: 1536}  # products whose sums are cut into two parts
+IN_OF_PARTS = {torch.float32: 512, torch.bfloat16: 512}  # products whose sums are cut into two parts
 
 # Of the sum of a product's absolute terms, and of the result: sums are float32, then rounded once.
 SUM_TOLERANCE = 2**-18
@@ -67,6 +67,17 @@ def test_sums_cut_into_parts_are_those_of_float64(rows_count, dtype, device):
     parts.append(normal(OUT_OF_PARTS, dtype=dtype))
     assert parts_of(OUT_OF_PARTS, in_count, dtype) == 2
     assert_product(linear_kernel(*(part.to(device) for part in parts)), *parts)
+
+
+@pytest.mark.parametrize("sizes", [(1, 512, 72), (5, 100, 72), (70, 512, 72)], ids=str)
+def test_products_of_bfloat16_may_stay_float32(sizes, device):
+    rows_count, in_count, out_count = sizes
+    shapes = (rows_count, in_count), (out_count, in_count), (out_count,)
+    parts = [normal(*shape, dtype=torch.bfloat16) for shape in shapes]
+    out = linear_kernel(*(part.to(device) for part in parts), dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert_product(out, *parts)
+    assert_product(linear_reference(*parts, dtype=torch.float32), *parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,6 +175,9 @@ def test_parts_have_the_same_bits_with_programs_of_their_own_and_without(dtype, 
         ((7168, 129280), torch.bfloat16, 1),
         ((128, 128), torch.bfloat16, 1),
         ((7168, 256), torch.float32, 28),
+        ((7168, 256), torch.bfloat16, 28),
+        ((7168, 512), torch.bfloat16, 28),
+        ((7168, 576), torch.bfloat16, 8),
     ],
 )
 def test_a_sum_is_cut_where_its_outputs_are_too_few_for_the_chip(sizes, dtype, parts_count):

@@ -1,5 +1,7 @@
 """Plain products as V3 launches them: where tiles, parts of sums, or types differ."""
 
+import torch
+
 from kernels.ops.linear_kernel import linear_by_head_kernel, linear_kernel
 from tests.kernels.ops.shipping import Shipped, bfloat16, meta
 
@@ -19,7 +21,13 @@ def product_by_head(rows_count: int, in_count: int, out_count: int, wide: int, h
 
 
 def scores(rows_count: int) -> Shipped:
-    """The gate's logits, in float32."""
+    """The gate's logits, float32 from bfloat16, with WGMMA."""
+    hidden, weight = bfloat16(rows_count, 7168), bfloat16(256, 7168)
+    return Shipped(lambda: linear_kernel(hidden, weight, dtype=torch.float32), MULTIPLIES)
+
+
+def wide_scores(rows_count: int) -> Shipped:
+    """The logits of a model that computes in float32."""
     hidden, weight = meta(rows_count, 7168), meta(256, 7168)
     return Shipped(lambda: linear_kernel(hidden, weight))
 
@@ -49,4 +57,6 @@ SHIPPED = {
     "gate 1": scores(1),
     "gate 64": scores(64),
     "gate 4096": scores(4096),
+    "gate float32 1": wide_scores(1),
+    "gate float32 64": wide_scores(64),
 }
