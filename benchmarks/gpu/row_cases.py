@@ -16,8 +16,8 @@ from kernels.ops.copy_latents import gather_latents, gather_latents_reference
 from kernels.ops.draw_kernel import draw_kernel
 from kernels.ops.gate import gate_noaux_tc, gate_noaux_tc_reference
 from kernels.ops.latent_format import packed_bytes
-from kernels.ops.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference
-from kernels.ops.quantize import quantize_rows
+from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Weight, linear_fp8
+from kernels.ops.quantize import ROW_BLOCK, dequantize_blocks, quantize_rows
 from kernels.ops.rms_norm import (
     add_rms_norm_quantize,
     add_rms_norm_quantize_reference,
@@ -30,6 +30,9 @@ from kernels.ops.write_latents import write_latents, write_latents_reference
 
 EPS = 1e-6
 SCALING = 2.5
+# Of weights: where two groups are nearly as good, a score's last bit may put one's experts in the other's
+# place, in one run of twenty at 4,096 tokens. A wrong gate differs in most tokens.
+GATE_TOLERANCE = 1e-2
 TOP_P, TEMPERATURE = 0.9, 1.0
 FREE_SLOTS = 2  # slots in pages for each that is used
 
@@ -54,7 +57,7 @@ def ready_gate(dims: Dimensions, tokens: int, device: torch.device) -> Ready:
     def error() -> float:
         return relative_error(run()[0], gate_noaux_tc_reference(*inputs)[0])
 
-    return Ready(run, gate_work(tokens, experts, dims.choices), error, gate_peers(inputs), 1e-4)
+    return Ready(run, gate_work(tokens, experts, dims.choices), error, gate_peers(inputs), GATE_TOLERANCE)
 
 
 def linear_cases(dims: Dimensions, counts: Counts) -> Iterator[Case]:
@@ -70,12 +73,14 @@ def ready_linear(outputs: int, inputs: int, rows: int, device: torch.device) -> 
     weight = Fp8Weight.of(0.02 * normal((outputs, inputs), torch.bfloat16, device))
     hidden = normal((rows, inputs), torch.bfloat16, device)
     given = (*quantize_rows(hidden), weight.weight, weight.scales, torch.bfloat16)
+    wide = dequantize_blocks(*given[:2], ROW_BLOCK)
 
     def run() -> torch.Tensor:
         return linear_fp8(*given)
 
     def error() -> float:
-        return relative_error(run(), linear_fp8_reference(*given))
+        # by torch itself: the reference of `linear_fp8` is a product of our own kernel on a GPU
+        return relative_error(run(), wide @ dequantize_blocks(*given[2:4], WEIGHT_BLOCK).T)
 
     return Ready(run, linear_fp8_work(rows, outputs, inputs), error, linear_peers(hidden, *given[:4]))
 

@@ -50,6 +50,14 @@ def test_every_case_is_right_at_tiny_sizes(operation, device, tmp_path):
     assert [name for name, one in peers if "failed" in one and name.startswith(("torch", "ours"))] == []
 
 
+def test_products_are_compared_with_those_of_torch_and_not_with_our_own(device, monkeypatch):
+    [first, *_] = kernels.cases(TINY, FEW, "linear_fp8")
+    with kernels_forced() if IS_INTERPRETED else nullcontext():
+        case = first.make(device)
+        monkeypatch.setattr("kernels.ops.linear.linear_kernel", None)
+        assert case.error() <= case.tolerance
+
+
 def test_names_are_unique_and_quick_sizes_are_some_of_all():
     for counts in (WHOLE, QUICK):
         names = [case.name for case in kernels.cases(V3, counts, "")]
