@@ -33,6 +33,7 @@ from cluster.events import (
 from cluster.node_choice import NodeView, choose_awaited, choose_decode, choose_prefill, pages_largest_count
 from cluster.route import Phase, Route
 from decode.messages import (
+    AwaitPages,
     CancelRequest,
     ExtendLeases,
     NodeReport,
@@ -390,6 +391,8 @@ class Router:
                 wanted = by_node.setdefault(route.decode, [])
                 if route.phase is not Phase.DECODING or route.is_handed_over:
                     wanted.append(request_id)
+            elif route.awaited in self.nodes:
+                yield SayToNode(route.awaited, AwaitPages(request_id, route.pages_wanted_count))
         for name, request_ids in by_node.items():
             if name in self.nodes:
                 yield SayToNode(name, ExtendLeases(tuple(request_ids)))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from decode.messages import (
+    AwaitPages,
     FirstToken,
     Latents,
     PageReservation,
@@ -67,6 +68,7 @@ class Inbox:
         self._waiting: dict[str, DecodeRequest] = {}
         self._receiving: dict[Channel, Arriving] = {}
         self._stranded: list[tuple[Channel, DecodeRequest]] = []
+        self._awaiting: tuple[AwaitPages, Channel, float] | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -80,15 +82,18 @@ class Inbox:
     def reserve(self, asked: ReservePages, gateway: Channel) -> PageReservation | ReservationRefused:
         """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one.
 
-        An older one than what waits here is refused, as is one for which there are no pages.
+        An older one than what waits here is refused, as is one for which there are no pages but awaited ones.
         """
         tokens_count = asked.prompt_tokens_count + asked.sampling.tokens_max
         wanted = pages_for(max(tokens_count, len(asked.token_ids)))
         with self._lock:
             self._forget(asked.request_id, asked.generation)
-            available = self._cache.pool.pages_available_count
+            awaited_count = self._awaited_count(asked.request_id)
+            available = max(self._cache.pool.pages_available_count - awaited_count, 0)
             if asked.request_id in self._waiting or wanted > available:
                 return ReservationRefused(asked.request_id, asked.generation, available)
+            if not awaited_count:
+                self._awaiting = None  # it has come
             pages = self._cache.pool.lease(wanted)
             now_s = self._clock()
             counts = [0] * self._cache.layers_count
@@ -103,6 +108,12 @@ class Inbox:
             )
             self._waiting[asked.request_id] = request
         return PageReservation(asked.request_id, asked.generation, self._address)
+
+    def await_pages(self, awaited: AwaitPages, gateway: Channel) -> None:
+        """Keep what comes free for a request, if for no other yet; half a lease, unless it is said again."""
+        with self._lock:
+            if not self._awaited_count(awaited.request_id):
+                self._awaiting = awaited, gateway, self._clock() + self._lease_s / 2
 
     def choose_buffers(
         self, channel: Channel, latents: Latents, payload_bytes: int, from_device: bool = False
@@ -174,6 +185,8 @@ class Inbox:
     def cancel_of(self, gateway: Channel) -> None:
         """Forget the requests of a gateway that has gone."""
         with self._lock:
+            if self._awaiting is not None and self._awaiting[1] is gateway:
+                self._awaiting = None
             for request in [waiting for waiting in self._waiting.values() if waiting.gateway is gateway]:
                 self._forget(request.asked.request_id, request.asked.generation)
 
@@ -231,6 +244,13 @@ class Inbox:
             pages_count = sum(len(request.pages) for request in late)
         if pages_count > STRANDED_SHARE_MAX * self._cache.pool.pages_count:
             raise PagesLost(f"other GPUs may still write to {pages_count} pages that nobody uses")
+
+    def _awaited_count(self, request_id: str) -> int:
+        """Pages that another request than this one waits for."""
+        if self._awaiting is None:
+            return 0
+        awaited, _, end_s = self._awaiting
+        return 0 if awaited.request_id == request_id or end_s < self._clock() else awaited.pages_count
 
     def _fits(self, request: DecodeRequest, channel: Channel, latents: Latents, payload_bytes: int) -> bool:
         tokens_count = latents.end - latents.begin

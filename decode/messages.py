@@ -1,6 +1,6 @@
 """What others say to a decode node, and what it says back.
 
-gateway → node    ReservePages, CancelRequest, ExtendLeases, AskReport
+gateway → node    ReservePages, AwaitPages, CancelRequest, ExtendLeases, AskReport
 prefill → node    Latents (raw latents behind it), FirstToken
 node → gateway    PageReservation, ReservationRefused, TokenChunks, RequestFailed, NodeReport
 node → prefill    LatentsReceived
@@ -82,6 +82,14 @@ class ReservePages:
     prompt_tokens_count: int
     sampling: SamplingParameters
     traceparent: str = UNTRACED
+
+
+@dataclass(frozen=True)
+class AwaitPages:
+    """A request waits until so many pages are free: let other gateways' requests not take them meanwhile."""
+
+    request_id: str
+    pages_count: int
 
 
 @dataclass(frozen=True)
@@ -239,5 +247,5 @@ def checksum(parts: Sequence[memoryview]) -> int:
     return value
 
 
-DOWN = Schema(ReservePages, CancelRequest, ExtendLeases, AskReport, Latents, FirstToken)
+DOWN = Schema(ReservePages, AwaitPages, CancelRequest, ExtendLeases, AskReport, Latents, FirstToken)
 UP = Schema(PageReservation, ReservationRefused, TokenChunks, RequestFailed, NodeReport, LatentsReceived)

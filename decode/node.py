@@ -14,6 +14,7 @@ from decode.messages import (
     DOWN,
     UP,
     AskReport,
+    AwaitPages,
     CancelRequest,
     ExtendLeases,
     FirstToken,
@@ -230,6 +231,8 @@ class DecodeNode:
                 self._first_token_came(channel, first)
             case ReservePages() as asked:
                 UP.send(channel, self.inbox.reserve(asked, channel))
+            case AwaitPages() as awaited:
+                self.inbox.await_pages(awaited, channel)
             case CancelRequest(request_id, generation):
                 self._cancel(request_id, generation)
             case ExtendLeases(request_ids):

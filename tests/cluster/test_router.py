@@ -26,6 +26,7 @@ from cluster.router import LOOKED_PAST_MAX, REST_S, Phase, Router
 from decode.messages import (
     LENGTH,
     STOP,
+    AwaitPages,
     CancelRequest,
     ExtendLeases,
     NodeReport,
@@ -291,7 +292,7 @@ def test_refused_means_waiting_until_the_node_says_that_it_has_room(story: Story
     story.admit("r", pages=5)
     assert story.refused("r", available=2) == []
     assert story.phase("r") is Phase.WAITING
-    assert story.wait(100.0) == []
+    assert story.wait(100.0) == [SayToNode("d1", AwaitPages("r", 5))]
     assert story.report("d1", free=4, total=10) == []
     assert reserved(story.report("d1", free=5, total=10)) == [("r", "d1")]
 
@@ -649,6 +650,23 @@ def test_requests_that_failed_together_come_back_one_by_one():
     came_back = [len(reserved(story.wait(REST_S / 20))) for _ in range(41)]
     assert sum(came_back) == len(names) and max(came_back) == 1
     assert sum(came_back[:19]) == 0, "nobody rests shorter"
+
+
+def test_a_request_without_room_has_its_node_keep_pages_from_other_gateways(story: Story):
+    story.report("d1", 3, 10)
+    story.admit("large", pages=8)
+    assert said_to(story.wait(LEASE_S / 3), AwaitPages) == [("d1", AwaitPages("large", 8))]
+    assert said_to(story.wait(LEASE_S / 3), AwaitPages) == [("d1", AwaitPages("large", 8))]
+    story.report("d1", 8, 10)
+    assert story.phase("large") is Phase.RESERVING
+    assert said_to(story.wait(LEASE_S / 3), AwaitPages) == []
+
+
+def test_nothing_is_said_to_an_awaited_node_that_is_lost(story: Story):
+    story.report("d1", 3, 10)
+    story.admit("large", pages=8)
+    del story.router.nodes["d1"]
+    assert said_to(story.wait(LEASE_S / 3), AwaitPages) == []
 
 
 def test_a_lease_whose_latents_were_lost_on_the_way_is_let_end(story: Story):

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from decode.inbox import Inbox
 from decode.messages import (
+    AwaitPages,
     FirstToken,
     Latents,
     PageReservation,
@@ -111,6 +112,34 @@ def test_no_room_is_said_with_numbers_and_changes_nothing(place):
     answer = place.reserve("b", tokens=100, outputs=100)
     assert answer == ReservationRefused("b", 1, pages_available_count=2)
     assert place.counts() == (2, 10)
+
+
+def test_pages_that_a_request_waits_for_go_to_no_other(place):
+    place.reserve("a", tokens=300, outputs=20)
+    place.inbox.await_pages(AwaitPages("large", 10), place.gateway)
+    assert place.reserve("small") == ReservationRefused("small", 1, pages_available_count=0)
+    place.inbox.await_pages(AwaitPages("later", 11), Wire("gateway-1"))
+    place.inbox.cancel("a", 1)
+    assert place.reserve("later", tokens=600, outputs=100) == ReservationRefused("later", 1, 2)
+    assert isinstance(place.reserve("small"), PageReservation)
+    assert isinstance(place.reserve("large", tokens=600, outputs=40), PageReservation)
+    place.inbox.cancel("large", 1)
+    assert isinstance(place.reserve("next", tokens=600, outputs=40), PageReservation)
+
+
+@pytest.mark.parametrize("end", ["time", "gateway gone"])
+def test_nothing_waits_for_one_who_asks_no_more(place, end):
+    place.inbox.await_pages(AwaitPages("large", 10), place.gateway)
+    place.now_s += LEASE_S / 2
+    assert isinstance(place.reserve(tokens=300), ReservationRefused)
+    if end == "time":
+        place.now_s += 0.1
+    else:
+        place.inbox.await_pages(AwaitPages("large", 10), place.gateway)
+        place.inbox.cancel_of(Wire("gateway-1"))
+        assert isinstance(place.reserve(tokens=300), ReservationRefused)
+        place.inbox.cancel_of(place.gateway)
+    assert isinstance(place.reserve(tokens=300), PageReservation)
 
 
 def test_a_newer_generation_replaces_an_older_one(place):

@@ -11,6 +11,7 @@ from decode.messages import (
     STOP,
     UP,
     AskReport,
+    AwaitPages,
     CancelRequest,
     ExtendLeases,
     FirstToken,
@@ -95,6 +96,7 @@ SAMPLING = SamplingParameters(0.5, 3, 0.9, 0.1, 2**64 - 1, 8, 1, (4, 5), 1.1, 0.
 TO_NODE = [
     ReservePages("r", 3, (5, 6, 7), 2, SAMPLING),
     ReservePages("r", 3, (5,), 1, SamplingParameters()),
+    AwaitPages("r", 40),
     CancelRequest("r", 2),
     ExtendLeases(("a", "b")),
     ExtendLeases(()),
