@@ -10,10 +10,12 @@ from decode.messages import ReservePages, SamplingParameters
 from decode.request import DecodeRequest
 from decode.step import DecodeStep, lane_sizes
 from decode.step_inputs import StepInputs, bucket_of
+from experts.banked import BankedExperts
 from experts.local import LocalExperts
+from kernels.model.checkpoint import Checkpoint
 from kernels.model.latent_cache import LatentCache
 from kernels.model.pages import PAGE_TOKENS, pages_for
-from kernels.model.transformer import run_lanes
+from kernels.model.transformer import Transformer, run_lanes
 from kernels.ops.backend import kernels_forced
 from tests.decode.replaying import ReplayingRecorder
 
@@ -25,7 +27,7 @@ class Afar:
 
     is_recordable = False
 
-    def __init__(self, experts: LocalExperts):
+    def __init__(self, experts: LocalExperts | BankedExperts):
         self.experts = experts
         self.tokens_counts: list[int] = []
         self.places: set[tuple[int, ...]] = set()
@@ -37,14 +39,19 @@ class Afar:
         return self.experts.dispatch(layer, hidden.clone(), expert_ids.clone(), expert_weights.clone())
 
 
-@pytest.fixture
-def cache(transformer) -> LatentCache:
+def random_cache(transformer: Transformer) -> LatentCache:
     """Latents of everything, at random."""
-    layout = transformer.latent_layout(False)
-    page_bytes = transformer.config.layers_count * PAGE_TOKENS * layout.row_bytes
-    cache = LatentCache(transformer.config.layers_count, layout, PAGES_COUNT * page_bytes)
+    layout, layers_count = transformer.latent_layout(False), transformer.config.layers_count
+    page_bytes = layers_count * PAGE_TOKENS * layout.row_bytes
+    cache = LatentCache(layers_count, layout, PAGES_COUNT * page_bytes, transformer.device)
     cache.latents.normal_()
     return cache
+
+
+@pytest.fixture
+def cache(transformer) -> LatentCache:
+    """Of the tiny model on a CPU."""
+    return random_cache(transformer)
 
 
 def drawn_requests(cache: LatentCache, *lengths: int) -> list[DecodeRequest]:
@@ -60,6 +67,17 @@ def drawn_requests(cache: LatentCache, *lengths: int) -> list[DecodeRequest]:
     return requests
 
 
+def assert_plays_as_computed(plain: DecodeStep, recorded: DecodeStep, *lengths: int) -> None:
+    """A step of requests with so many tokens gives and writes the same, however it is made."""
+    cache = plain.cache
+    requests = drawn_requests(cache, *lengths)
+    before = cache.latents.clone()
+    expected, written = plain.run(requests), cache.latents.clone()
+    cache.latents.copy_(before)
+    assert torch.equal(recorded.run(requests), expected)
+    assert torch.equal(cache.latents, written)
+
+
 @pytest.mark.parametrize("is_far", [False, True], ids=["experts here", "experts elsewhere"])
 def test_a_recorded_step_is_the_step_for_any_requests_of_its_size(transformer, cache, is_far):
     local = transformer.routed
@@ -70,15 +88,24 @@ def test_a_recorded_step_is_the_step_for_any_requests_of_its_size(transformer, c
     with kernels_forced():
         recorded._graphs.prepare([(0, 4)], plugged.device)
         for lengths in ((70, 3, 130), (5, 1, 128, 200)):
-            requests = drawn_requests(cache, *lengths)
-            before = cache.latents.clone()
-            expected, written = plain.run(requests), cache.latents.clone()
-            cache.latents.copy_(before)
-            assert torch.equal(recorded.run(requests), expected)
-            assert torch.equal(cache.latents, written)
+            assert_plays_as_computed(plain, recorded, *lengths)
     assert len(recorded._graphs._tapes) == 1
     if is_far:
         assert set(routed.tokens_counts) == {3, 4}, "nobody sends what only fills a recorded size"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's recordings need one")
+def test_sizes_recorded_by_a_gpu_are_the_step_as_they_play_in_turn(checkpoint_folder, device):
+    checkpoint = Checkpoint(checkpoint_folder)
+    experts = Afar(BankedExperts.from_checkpoint(checkpoint, torch.float32, None, device))
+    transformer = Transformer.from_checkpoint(checkpoint, torch.float32, experts, device=device)
+    cache = random_cache(transformer)
+    plain, recorded = DecodeStep(transformer, cache, 1), DecodeStep(transformer, cache, 1, CudaRecorder)
+    assert recorded.prepare([2, 4])
+    for lengths in ((70, 3, 130, 9), (5, 1), (12, 128, 20), (64, 65)):
+        assert_plays_as_computed(plain, recorded, *lengths)
+    assert {size for _, size, _ in recorded._graphs._tapes} == {2, 4}
 
 
 def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache):
