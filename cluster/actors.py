@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from cluster.device import check_numbers, device_of
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, STARTING, Member, View
-from cluster.place import Place, check_numbers, device_of
+from cluster.place import Place
 from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
 from cluster.tracing import start_tracing, stop_tracing
 from experts.config import ShardConfig

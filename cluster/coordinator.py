@@ -11,7 +11,7 @@ from cluster.errors import TriviumError
 from cluster.logs import begin_logs
 from cluster.membership import Member, Membership, View
 from cluster.operations import Operations
-from cluster.place import Place, expert_bytes, plan_config, rebalance_config, shards_bounds
+from cluster.place import Place, kept_expert_bytes, plan_config, rebalance_config, shards_bounds
 from cluster.scaler import Scaler
 from cluster.scaling import PoolsReport
 from experts.compiled import is_compiled
@@ -41,7 +41,7 @@ class Coordinator:
             place.config.experts.shards_count,
             self._planner,
             rebalance_config(place.config),
-            expert_bytes(model, place.config),
+            kept_expert_bytes(model, place.config),
         )
         self._preparing = asyncio.create_task(self._prepare())
         self._scaler = Scaler(place.config, self._membership, window, shards_bounds(model, place.config))

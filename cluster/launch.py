@@ -33,8 +33,8 @@ from cluster.stats_line import stats_line
 from cluster.tls import server_credentials
 from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
-from kernels.transport.connect import listen
 from kernels.transport.errors import ChannelError
+from kernels.transport.sockets import bind
 
 GREETING = "The place where three roads meet"
 GREETING_IDS = (1, 2, 3)  # for a model without a tokenizer
@@ -146,7 +146,7 @@ def check_surroundings(config: ClusterConfig) -> None:
 def check_port(host: str, port: int, field: str) -> None:
     """Raises InvalidConfig if a port is taken: a gateway would quietly share it with another cluster's."""
     try:
-        listen(f"tcp://{host}:{port}").close()
+        bind(f"tcp://{host}:{port}").close()
     except ChannelError as error:
         raise InvalidConfig(
             reason="PORT_TAKEN",

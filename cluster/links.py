@@ -9,8 +9,8 @@ from cluster.events import Event, NodeDrained, NodeFellSilent, NodeJoined, NodeL
 from cluster.membership import DRAINING, READY, Member, View
 from cluster.node_messages import read_from_node, send_to_node
 from decode.messages import AskReport
-from kernels.transport.connect import connect
 from kernels.transport.errors import ChannelClosed, ChannelError, ChannelTimeout
+from kernels.transport.hello import connect_plain
 from kernels.transport.stream import StreamChannel
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class NodeLinks:
     async def _join(self, member: Member) -> None:
         try:
             channel = await asyncio.to_thread(
-                connect, member.address, self._secret, self._name, CONNECT_TIMEOUT_S
+                connect_plain, member.address, self._secret, self._name, CONNECT_TIMEOUT_S
             )
         except ChannelError as error:
             logger.info("%s cannot be reached yet: %s", member.name, error)

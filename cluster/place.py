@@ -4,22 +4,19 @@ import math
 import secrets
 from dataclasses import dataclass, field
 
-import torch
-
 from cluster.config import AUTO, ClusterConfig
 from cluster.errors import InvalidConfig
 from cluster.scaling import AutoscalerConfig, PoolLimits
 from cluster.token_file import read_token
 from experts.config import PlanConfig
+from experts.expert_size import expert_bytes
 from experts.rebalance import RebalanceConfig
-from experts.weights import ExpertFormat
 from kernels.model.config import ModelConfig
 from kernels.model.pages import PAGE_TOKENS
-from kernels.ops.latent_format import packed_bytes
-from kernels.transport.connect import own_host
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.transport.sockets import own_host
 
 ACTORS_MAX = 1024
-FLOAT32_HEADS_MAX = 16
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -61,7 +58,7 @@ def plan_config(model: ModelConfig, config: ClusterConfig) -> PlanConfig:
     section = config.experts
     slots_max = model.routed_experts_count
     if section.weights_bytes is not None and model.moe_layers:
-        slots_max = section.weights_bytes // (len(model.moe_layers) * expert_bytes(model, config))
+        slots_max = section.weights_bytes // (len(model.moe_layers) * kept_expert_bytes(model, config))
     return PlanConfig(section.replicas_min, section.spare_replicas, max(slots_max, 1))
 
 
@@ -84,10 +81,9 @@ def rebalance_config(config: ClusterConfig) -> RebalanceConfig:
     )
 
 
-def expert_bytes(model: ModelConfig, config: ClusterConfig) -> int:
+def kept_expert_bytes(model: ModelConfig, config: ClusterConfig) -> int:
     """Memory of one expert of one layer, as shards keep it."""
-    dtype = getattr(torch, config.model.compute_dtype)
-    return ExpertFormat.of(model, dtype, keeps_fp8=shards_have_gpus(config)).bytes_count
+    return expert_bytes(model, ITEM_BYTES[config.model.compute_dtype], keeps_fp8=shards_have_gpus(config))
 
 
 def shards_have_gpus(config: ClusterConfig) -> bool:
@@ -137,31 +133,6 @@ def autoscaler_config(
         section.grow_pause_s,
         section.shrink_pause_s,
     )
-
-
-def device_of(config: ClusterConfig) -> str:
-    """Where this process computes: on its GPU if it has one and may; raises InvalidConfig."""
-    has_gpu = torch.cuda.is_available()
-    if config.model.device == "cuda" and not has_gpu:
-        raise InvalidConfig(
-            reason="NO_GPU",
-            message="model.device is cuda, but this process has no GPU",
-            field="model.device",
-            remedy="Give each pool resources, such as {GPU: 1}, where hosts have them; or set device: auto.",
-        )
-    return "cuda" if has_gpu and config.model.device != "cpu" else "cpu"
-
-
-def check_numbers(model: ModelConfig, config: ClusterConfig, device: str) -> None:
-    """Attention in float32 over V3's many heads has no room on a GPU's processor; raises InvalidConfig."""
-    if device == "cuda" and config.model.compute_dtype == "float32" and model.heads_count > FLOAT32_HEADS_MAX:
-        raise InvalidConfig(
-            reason="FLOAT32_ON_GPU",
-            message=f"float32 on a GPU is for {FLOAT32_HEADS_MAX} heads, the model has {model.heads_count}",
-            field="model.compute_dtype",
-            limit=str(FLOAT32_HEADS_MAX),
-            remedy="Set compute_dtype: bfloat16, or device: cpu.",
-        )
 
 
 def latent_bytes(model: ModelConfig, config: ClusterConfig) -> int:

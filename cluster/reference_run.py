@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from cluster.config import check_config
+from cluster.device import check_numbers, device_of
 from cluster.errors import TriviumError
 from cluster.events import RoutedRequest
 from cluster.model_folder import open_checkpoint
-from cluster.place import check_numbers, context_tokens_max, device_of
+from cluster.place import context_tokens_max
 from cluster.reference import Generation, Reference, RequestRefused
 from cluster.requests import error_values, from_json
 from cluster.show import printable

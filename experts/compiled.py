@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kernels.ops.compiled import AS_WRITTEN, kept_folder, machine_code
+from kernels.ops.machine_code import AS_WRITTEN, kept_folder, machine_code
 
 SOURCES = sorted(Path(__file__).parent.glob("placement_*.py"))
 

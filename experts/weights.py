@@ -1,19 +1,17 @@
 """The weights of the experts that a process holds, read from the checkpoint one layer at a time."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from experts.expert_size import come_in_fp8, expert_shapes, scale_shapes
 from kernels.model.checkpoint import Checkpoint, ProgressCallback
 from kernels.model.config import ModelConfig
 from kernels.model.safetensors_header import CheckpointError
 from kernels.model.tensor_names import expert_names
 from kernels.ops.expert_mlp import GatedWeights
-from kernels.ops.linear_fp8 import WEIGHT_BLOCK
 from kernels.ops.projection import is_fp8, moved
-from kernels.ops.quantize import scale_shape
 
 ExpertWeights = dict[tuple[int, int], GatedWeights]
 Part = tuple[tuple[int, int], torch.dtype]
@@ -23,31 +21,19 @@ Part = tuple[tuple[int, int], torch.dtype]
 class ExpertFormat:
     """What every routed expert of a model is in memory: FP8 with scales, or numbers of `dtype`."""
 
-    hidden_size: int
-    intermediate_size: int
     dtype: torch.dtype
     is_fp8: bool
+    parts: tuple[Part, ...]
+    """Shape and type of each tensor, in the order of `GatedWeights.plain`."""
 
     @classmethod
     def of(cls, model: ModelConfig, dtype: torch.dtype, keeps_fp8: bool) -> "ExpertFormat":
-        """FP8 where it is kept, comes in blocks of 128 x 128, and no block is half of gate and half of up."""
-        intermediate_size = model.moe_intermediate_size
-        fits = model.weight_format.block == WEIGHT_BLOCK and intermediate_size % WEIGHT_BLOCK[0] == 0
-        return cls(model.hidden_size, intermediate_size, dtype, keeps_fp8 and fits)
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Shape and type of each tensor, in the order of `GatedWeights.plain`."""
-        shapes = (2 * self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
-        if not self.is_fp8:
-            return tuple((shape, self.dtype) for shape in shapes)
-        scales = tuple((scale_shape(*shape, WEIGHT_BLOCK), torch.float32) for shape in shapes)
-        return tuple((shape, torch.float8_e4m3fn) for shape in shapes) + scales
-
-    @property
-    def bytes_count(self) -> int:
-        """Memory of one expert of one layer."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts)
+        """FP8 where that is kept and experts come in it."""
+        is_fp8 = keeps_fp8 and come_in_fp8(model)
+        parts = tuple((shape, torch.float8_e4m3fn if is_fp8 else dtype) for shape in expert_shapes(model))
+        if is_fp8:
+            parts += tuple((shape, torch.float32) for shape in scale_shapes(model))
+        return cls(dtype, is_fp8, parts)
 
 
 def load_experts(

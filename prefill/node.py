@@ -27,10 +27,10 @@ from kernels.model.step_watch import StepsFail, StepWatch
 from kernels.model.transformer import Transformer
 from kernels.ops.sample import Samples, sample_each
 from kernels.transport.channel import Channel
-from kernels.transport.connect import is_between_devices
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelError
 from kernels.transport.frame import Frame
+from kernels.transport.sockets import is_between_devices
 from kernels.transport.spans import UNTRACED, SpanLog, place_under
 from prefill.batcher import PrefillBatcher
 from prefill.config import PrefillConfig

@@ -7,8 +7,8 @@ import torch
 from kernels.model.pages import pages_for
 from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
-from kernels.transport.connect import is_between_devices
 from kernels.transport.errors import AddressInvalid
+from kernels.transport.sockets import is_between_devices
 from kernels.transport.spans import UNTRACED, SpanLog
 from prefill.messages import PRIORITY_S, PrefillPrompt
 

@@ -24,7 +24,7 @@ DOORS = {
     "jinja2": ("cluster/tokenizer.py",),
     "yaml": ("cluster/config_file.py",),
     "triton": ("kernels/ops/*",),
-    "numba": ("kernels/ops/compiled.py",),
+    "numba": ("kernels/ops/machine_code.py",),
     "cupy": ("kernels/transport/nccl.py",),
     "matplotlib": ("cluster/bench/picture.py",),
     "safetensors": ("kernels/model/checkpoint.py",),

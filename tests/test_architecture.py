@@ -46,7 +46,16 @@ TRANSPORT_AND_MODEL = "The transport and the model do not know each other"
 TRANSPORT_AND_OPERATIONS = "The transport and the operations do not know each other"
 INBOX_ONLY = "Of decode, prefill knows the messages alone"
 PLAIN_FACES = "Messages and configs bring neither torch nor sockets"
-CONTRACTS = {STAIR, INSIDE_KERNELS, TRANSPORT_AND_MODEL, TRANSPORT_AND_OPERATIONS, INBOX_ONLY, PLAIN_FACES}
+NO_TORCH = "Gateways and the coordinator start quickly and stay small: they compute nothing, and load no torch"
+CONTRACTS = {
+    STAIR,
+    INSIDE_KERNELS,
+    TRANSPORT_AND_MODEL,
+    TRANSPORT_AND_OPERATIONS,
+    INBOX_ONLY,
+    PLAIN_FACES,
+    NO_TORCH,
+}
 
 PLANTED_CONTRACT_BREACHES = [
     (STAIR, "kernels/ops/breach.py", "import experts"),
@@ -63,6 +72,8 @@ PLANTED_CONTRACT_BREACHES = [
     *((PLAIN_FACES, f"{floor}/messages.py", "import torch") for floor in ("prefill", "decode", "experts")),
     *((PLAIN_FACES, f"{floor}/config.py", "import socket") for floor in ("prefill", "decode", "experts")),
     (PLAIN_FACES, "experts/messages.py", "from kernels.ops.sample import sample"),
+    (NO_TORCH, "cluster/gateway.py", "from kernels.transport.connect import connect"),
+    (NO_TORCH, "cluster/coordinator.py", "import experts.weights"),
 ]
 
 PLANTED_BREACHES = [

@@ -14,8 +14,8 @@ from benchmarks.gpu.timing import Waits
 from benchmarks.gpu.work import gate_work, linear_fp8_work, rows_work
 from kernels.ops.copy_latents import gather_latents, gather_latents_reference
 from kernels.ops.draw_kernel import draw_kernel
+from kernels.ops.fp8_sizes import packed_bytes
 from kernels.ops.gate import gate_noaux_tc, gate_noaux_tc_reference
-from kernels.ops.latent_format import packed_bytes
 from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Weight, linear_fp8
 from kernels.ops.quantize import ROW_BLOCK, dequantize_blocks, quantize_rows
 from kernels.ops.rms_norm import (

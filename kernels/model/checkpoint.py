@@ -15,9 +15,10 @@ from kernels.model.tensor_names import (
     SCALE_SUFFIX,
     expected_shapes,
 )
-from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Weight
+from kernels.ops.fp8_sizes import WEIGHT_BLOCK, scale_shape
+from kernels.ops.linear_fp8 import Fp8Weight
 from kernels.ops.projection import Weight
-from kernels.ops.quantize import dequantize_blocks, scale_shape
+from kernels.ops.quantize import dequantize_blocks
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

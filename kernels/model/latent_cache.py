@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.model.pages import PAGE_TOKENS, PagePool, PagesExhausted
-from kernels.ops.latent_format import packed_bytes
+from kernels.ops.fp8_sizes import packed_bytes
 
 
 @dataclass(frozen=True, slots=True)

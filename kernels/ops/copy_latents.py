@@ -8,7 +8,8 @@ import torch
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.copy_latents_kernel import gather_latents_kernel, scatter_latents_kernel
-from kernels.ops.latent_format import pack_latents_reference, packed_bytes, unpack_latents_reference
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.ops.latent_format import pack_latents_reference, unpack_latents_reference
 
 
 def gather_latents_reference(

@@ -6,7 +6,7 @@ Programs take layers together rather than tokens, for the slot of a token is the
 import torch
 
 from kernels.ops.backend import tl, triton
-from kernels.ops.latent_format import tiles_count
+from kernels.ops.fp8_sizes import tiles_count
 from kernels.ops.latent_format_kernel import TILE, scaled_to_e4m3
 from kernels.ops.narrow import to_bfloat16, to_dtype
 

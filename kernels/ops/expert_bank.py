@@ -19,14 +19,8 @@ from kernels.ops.expert_bank_kernel import (
     experts_contiguous_kernel,
     experts_masked_kernel,
 )
-from kernels.ops.linear_fp8 import WEIGHT_BLOCK
-from kernels.ops.quantize import (
-    ROW_BLOCK,
-    dequantize_blocks,
-    quantize_blocks,
-    quantize_rows_reference,
-    scale_shape,
-)
+from kernels.ops.fp8_sizes import WEIGHT_BLOCK, scale_shape
+from kernels.ops.quantize import ROW_BLOCK, dequantize_blocks, quantize_blocks, quantize_rows_reference
 
 FP8 = torch.float8_e4m3fn
 

@@ -8,20 +8,10 @@ FlashMLA). Scales are powers of two: dividing by them loses nothing.
 
 import torch
 
+from kernels.ops.fp8_sizes import TILE_NUMBERS, tiles_count
 from kernels.ops.quantize import E4M3_MAX
 
-TILE_NUMBERS = 128
 SCALE_MIN = 2.0**-100  # of numbers that are all zero, or nearly
-
-
-def tiles_count(value_dim: int) -> int:
-    """Scales of one token."""
-    return -(-value_dim // TILE_NUMBERS)
-
-
-def packed_bytes(value_dim: int, position_dim: int) -> int:
-    """Bytes of one token's latent; `value_dim` is a multiple of four."""
-    return value_dim + 4 * tiles_count(value_dim) + 2 * position_dim
 
 
 def pack_latents_reference(latents: torch.Tensor, value_dim: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.ops.backend import tl, triton
-from kernels.ops.latent_format import TILE_NUMBERS, tiles_count
+from kernels.ops.fp8_sizes import TILE_NUMBERS, tiles_count
 from kernels.ops.narrow import to_dtype
 
 SCALED = tl.constexpr(TILE_NUMBERS)  # numbers that share a scale

@@ -11,7 +11,8 @@ import torch
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.compiled import add_product, add_two_products, compiled, multiply_four, runs_compiled
-from kernels.ops.latent_format import packed_bytes, unpack_latents_reference
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.ops.latent_format import unpack_latents_reference
 from kernels.ops.mla_decode_kernel import mla_decode_kernel
 
 

@@ -8,15 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.ops.backend import runs_kernel
+from kernels.ops.fp8_sizes import scale_shape
 from kernels.ops.quantize_kernel import quantize_rows_kernel
 
 E4M3_MAX = 448.0
 ROW_BLOCK = (1, 128)  # of activations, each token by itself
-
-
-def scale_shape(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight `[rows, columns]`, counting ragged edge blocks."""
-    return -(-rows // block[0]), -(-columns // block[1])
 
 
 def dequantize_blocks(

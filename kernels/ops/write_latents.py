@@ -8,7 +8,8 @@ import torch
 
 from kernels.ops.backend import runs_kernel
 from kernels.ops.copy_latents import scatter_latents
-from kernels.ops.latent_format import pack_latents_reference, packed_bytes
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.ops.latent_format import pack_latents_reference
 from kernels.ops.rms_norm import rms_norm, rms_norm_reference
 from kernels.ops.rotary import rotate, rotate_reference
 from kernels.ops.write_latents_kernel import write_latents_kernel

@@ -3,7 +3,7 @@
 import torch
 
 from kernels.ops.backend import tl, triton
-from kernels.ops.latent_format import tiles_count
+from kernels.ops.fp8_sizes import tiles_count
 from kernels.ops.latent_format_kernel import TILE, scaled_to_e4m3
 from kernels.ops.narrow import to_dtype
 from kernels.ops.rotary_kernel import turn_rows

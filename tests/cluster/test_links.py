@@ -258,7 +258,7 @@ def test_links_closed_while_a_channel_is_opened(start, monkeypatch):
         return opened[0]
 
     gate = threading.Event()
-    monkeypatch.setattr(links_module, "connect", slow_connect)
+    monkeypatch.setattr(links_module, "connect_plain", slow_connect)
 
     async def run() -> None:
         gateway = Gateway()

@@ -1,6 +1,5 @@
 """What every actor is told: secrets out of files or new ones, and where members listen."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from cluster.config import check_config
 from cluster.errors import InvalidConfig
 from cluster.place import (
     Place,
-    check_numbers,
     context_tokens_max,
-    device_of,
-    expert_bytes,
+    kept_expert_bytes,
     latent_bytes,
     make_place,
 )
@@ -69,23 +66,6 @@ def test_addresses(tmp_path, monkeypatch):
     assert anywhere.address("x") == "tcp://10.1.2.3:0"
 
 
-@pytest.mark.parametrize(
-    ("asked", "has_gpu", "device"),
-    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
-)
-def test_a_process_computes_on_its_gpu_unless_told_not_to(tmp_path, monkeypatch, asked, has_gpu, device):
-    monkeypatch.setattr(place_module.torch.cuda, "is_available", lambda: has_gpu)
-    config = made(tmp_path, model={"folder": str(FOLDER.resolve()), "device": asked}).config
-    assert device_of(config) == device
-
-
-def test_a_gpu_that_is_not_there_is_asked_for_by_resources(tmp_path, monkeypatch):
-    monkeypatch.setattr(place_module.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InvalidConfig, match="no GPU") as caught:
-        device_of(made(tmp_path, model={"folder": str(FOLDER.resolve()), "device": "cuda"}).config)
-    assert caught.value.field == "model.device" and "resources" in caught.value.remedy
-
-
 def test_latents_in_fp8_make_room_for_longer_contexts(tmp_path):
     model = Checkpoint(FOLDER).config
     sizes = {"prefill": {"latents_bytes": 2**20}, "decode": {"latents_bytes": 2**20}}
@@ -102,7 +82,7 @@ def test_experts_take_the_room_that_shards_keep_them_in(tmp_path):
 
     def bytes_with(experts: dict, **section: str) -> int:
         sections = {"compute_dtype": "bfloat16", **section, "folder": str(FOLDER.resolve())}
-        return expert_bytes(fp8, made(tmp_path, model=sections, experts=experts).config)
+        return kept_expert_bytes(fp8, made(tmp_path, model=sections, experts=experts).config)
 
     gpus = {"resources": {"GPU": 1}}
     assert bytes_with({}) == bytes_with(gpus, device="cpu") == 2 * numbers_count
@@ -121,19 +101,3 @@ def test_tensors_from_other_gpus_have_an_address_of_their_own(tmp_path, tensors,
     place = made(tmp_path, transport={"tensors": tensors})
     assert place.tensors_address("decode-1") == address
     assert place.address("decode-1") == "unix:///a/folder/decode-1.sock"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "heads_count", "device", "is_refused"),
-    [
-        ("float32", 128, "cuda", True),
-        ("float32", 16, "cuda", False),
-        ("float32", 128, "cpu", False),
-        ("bfloat16", 128, "cuda", False),
-    ],
-)
-def test_float32_on_a_gpu_is_for_few_heads(tmp_path, dtype, heads_count, device, is_refused):
-    config = made(tmp_path, model={"folder": str(FOLDER.resolve()), "compute_dtype": dtype}).config
-    model = replace(Checkpoint(FOLDER).config, heads_count=heads_count)
-    with pytest.raises(InvalidConfig, match="float32") if is_refused else nullcontext():
-        check_numbers(model, config, device)

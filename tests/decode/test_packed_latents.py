@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.ops.latent_format import packed_bytes
+from kernels.ops.fp8_sizes import packed_bytes
 from tests.checkpoints import random_prompt
 from tests.fixtures import CHECKPOINT, Stage
 

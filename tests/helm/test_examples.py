@@ -4,7 +4,7 @@ import pytest
 from transformers import DeepseekV3Config
 
 from cluster.config import ClusterConfig, load_config
-from cluster.place import expert_bytes, plan_config
+from cluster.place import kept_expert_bytes, plan_config
 from experts.plan import Planner
 from kernels.model.config import ModelConfig
 from tests.helm.rendering import CHART, EXAMPLES, config_text
@@ -49,12 +49,12 @@ def test_even_the_fewest_shards_have_room_for_all_replicas(releases, model, tmp_
     assert planner.slots_count(experts.shards_count) == 9
     slots_max = planner.config.slots_max
     assert slots_max * 43 >= 2 * model.routed_experts_count > slots_max * 42
-    held_bytes = slots_max * len(model.moe_layers) * expert_bytes(model, config)
+    held_bytes = slots_max * len(model.moe_layers) * kept_expert_bytes(model, config)
     assert held_bytes + experts.rebalance_step_bytes < 0.9 * GPU_BYTES
 
 
 def test_one_host_holds_the_experts_in_fp8_alone(releases, model, tmp_path):
     config = config_of(releases, "8xh200", tmp_path)
     slots_count = Planner.of_model(model, plan_config(model, config)).slots_count(config.experts.shards_min)
-    bfloat16_bytes = slots_count * len(model.moe_layers) * expert_bytes(model, config)
+    bfloat16_bytes = slots_count * len(model.moe_layers) * kept_expert_bytes(model, config)
     assert bfloat16_bytes > GPU_BYTES > bfloat16_bytes / 2

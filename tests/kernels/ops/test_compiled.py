@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.ops.compiled import kept_folder
 from kernels.ops.expert_mlp import GatedWeights, expert_mlp
 from kernels.ops.gate import gate_noaux_tc
 from kernels.ops.linear import linear_by_head
+from kernels.ops.machine_code import kept_folder
 from kernels.ops.mix import mix
 from kernels.ops.mla_decode import mla_decode
 from kernels.ops.rms_norm import rms_norm

@@ -13,7 +13,8 @@ from kernels.ops.copy_latents import (
     scatter_latents_reference,
 )
 from kernels.ops.copy_latents_kernel import gather_latents_kernel, scatter_latents_kernel
-from kernels.ops.latent_format import pack_latents_reference, packed_bytes, unpack_latents_reference
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.ops.latent_format import pack_latents_reference, unpack_latents_reference
 
 TINY, ODD, V3 = (24, 8), (260, 6), (512, 64)
 NUMBERS = (torch.bfloat16, torch.float32)

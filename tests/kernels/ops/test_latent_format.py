@@ -3,13 +3,12 @@
 import pytest
 import torch
 
+from kernels.ops.fp8_sizes import packed_bytes, tiles_count
 from kernels.ops.latent_format import (
     E4M3_MAX,
     SCALE_MIN,
     pack_latents_reference,
-    packed_bytes,
     power_of_two_above,
-    tiles_count,
     unpack_latents_reference,
 )
 

@@ -8,7 +8,8 @@ import torch
 
 from kernels.ops import mla_decode_kernel as product
 from kernels.ops.backend import IS_INTERPRETED, kernels_forced
-from kernels.ops.latent_format import pack_latents_reference, packed_bytes, unpack_latents_reference
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.ops.latent_format import pack_latents_reference, unpack_latents_reference
 from kernels.ops.mla_decode import mla_decode, mla_decode_reference
 from kernels.ops.mla_decode_kernel import mla_decode_kernel
 from kernels.ops.split_context import INVARIANT_SPLITS_MAX, SplitPlan

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels.ops.backend import kernels_forced
-from kernels.ops.latent_format import pack_latents_reference, packed_bytes, unpack_latents_reference
+from kernels.ops.fp8_sizes import packed_bytes
+from kernels.ops.latent_format import pack_latents_reference, unpack_latents_reference
 from kernels.ops.rms_norm import rms_norm_reference
 from kernels.ops.rotary import rotate_reference
 from kernels.ops.write_latents import write_latents, write_latents_reference

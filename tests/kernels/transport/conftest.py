@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kernels.transport.connect import Listener, check_hello, connect, dial, listen
+from kernels.transport.connect import connect, listen
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.frame import Frame
+from kernels.transport.hello import check_hello
+from kernels.transport.sockets import Listener, dial
 from kernels.transport.stream import StreamChannel
 
 SECRET = "a secret of the tests"

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kernels.transport.connect import HELLO
 from kernels.transport.errors import (
     ChannelClosed,
     ChannelStalled,
@@ -16,7 +15,7 @@ from kernels.transport.errors import (
     FrameTooLarge,
     FrameTruncated,
 )
-from kernels.transport.frame import MAGIC, PREFIX, FrameLimits, encode
+from kernels.transport.frame import HELLO, MAGIC, PREFIX, FrameLimits, encode
 from kernels.transport.stream import VECTORS_MAX, StreamChannel
 from tests.kernels.transport.conftest import SECRET, WAIT_S, accept
 

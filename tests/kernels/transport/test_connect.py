@@ -6,17 +6,11 @@ import stat
 
 import pytest
 
-from kernels.transport.connect import (
-    PROTOCOL_VERSION,
-    check_hello,
-    connect,
-    listen,
-    refuse_oneself,
-    split,
-    split_host,
-)
+from kernels.transport.connect import connect, listen
 from kernels.transport.errors import AddressInvalid, ConnectFailed, HelloRefused, ListenFailed
 from kernels.transport.frame import Frame
+from kernels.transport.hello import PROTOCOL_VERSION, check_hello
+from kernels.transport.sockets import refuse_oneself, split, split_host
 from tests.kernels.transport.conftest import SECRET, WAIT_S, accept
 
 

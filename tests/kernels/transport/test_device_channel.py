@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernels.transport import device_wire
-from kernels.transport.connect import LINKS, accepted, connect, dial, listen, welcome
+from kernels.transport.connect import LINKS, accepted, connect, listen, welcome
 from kernels.transport.device_channel import DeviceChannel
 from kernels.transport.device_wire import OWN
 from kernels.transport.endpoint import Endpoint
@@ -30,6 +30,7 @@ from kernels.transport.errors import (
     HelloRefused,
 )
 from kernels.transport.frame import HELLO, FrameLimits, encode
+from kernels.transport.sockets import dial
 from kernels.transport.stream import StreamChannel
 from tests.kernels.transport.conftest import SECRET, WAIT_S, Pair
 from tests.kernels.transport.stand_in_link import Behaviour, StandInLink

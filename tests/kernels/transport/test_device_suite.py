@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernels.transport.connect import LINKS, Listener, accepted, connect, welcome
+from kernels.transport.connect import LINKS, accepted, connect, welcome
 from kernels.transport.frame import FrameLimits
+from kernels.transport.sockets import Listener
 from tests.kernels.transport import test_channels, test_endpoint
 from tests.kernels.transport.conftest import SECRET, WAIT_S, Pair
 from tests.kernels.transport.stand_in_link import StandInLink

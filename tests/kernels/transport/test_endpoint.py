@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels.transport.connect import connect, dial
+from kernels.transport.connect import connect
 from kernels.transport.endpoint import FRAMES_PER_TURN
 from kernels.transport.errors import ChannelClosed, ChannelError, ChannelStalled, FrameMalformed, HelloRefused
 from kernels.transport.frame import MAGIC, PREFIX, FrameLimits, encode
+from kernels.transport.sockets import dial
 from kernels.transport.stream import StreamChannel
 from tests.kernels.transport.conftest import SECRET, TURN_S, TURNS_MAX, WAIT_S
 

@@ -3,8 +3,8 @@
 import ipaddress
 import socket
 
-from kernels.transport import connect
-from kernels.transport.connect import own_host
+from kernels.transport import sockets
+from kernels.transport.sockets import own_host
 
 
 def test_it_is_an_address_of_this_host():
@@ -28,5 +28,5 @@ def test_without_a_way_out_it_is_this_host_alone(monkeypatch):
         def connect(self, _: object) -> None:
             raise OSError(101, "Network is unreachable")
 
-    monkeypatch.setattr(connect.socket, "socket", Cut)
+    monkeypatch.setattr(sockets.socket, "socket", Cut)
     assert own_host() == "127.0.0.1"

@@ -5,7 +5,7 @@ For the 64 heads of Kimi K2, and where all is one split, it is the code of V3.
 
 import torch
 
-from kernels.ops.latent_format import packed_bytes
+from kernels.ops.fp8_sizes import packed_bytes
 from kernels.ops.mla_decode_kernel import mla_decode_kernel
 from tests.kernels.ops.shipping import Shipped, bfloat16, meta
 
