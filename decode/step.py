@@ -13,6 +13,7 @@ from kernels.model.latent_cache import LatentCache
 from kernels.model.moe import RoutedExperts
 from kernels.model.pages import pages_for
 from kernels.model.transformer import Lane, Transformer, run_lanes
+from kernels.ops.projection import Rows
 
 LANE_REQUESTS_MIN = 4  # fewer are not worth a second round of dispatches
 SHORT_PAGES = 64  # 4,096 tokens
@@ -63,7 +64,7 @@ class DecodeStep:
     def _lane_of(self, inputs: StepInputs, routed: RoutedExperts) -> Lane:
         rotation = self.transformer.rotation(inputs.positions)
 
-        def attend(layer: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, attention: LatentAttention, normed: Rows) -> torch.Tensor:
             queries, fresh = attention.compress(normed, rotation)
             attention.store(fresh, rotation, self.cache.latents[layer], inputs.slots)
             return attention.absorb(queries, self.cache.pages_of(layer), inputs.pages, inputs.lengths)

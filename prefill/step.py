@@ -10,6 +10,7 @@ from kernels.model.latent_cache import LatentCache, as_index, slots_of
 from kernels.model.pages import PAGE_TOKENS
 from kernels.model.transformer import Lane, Transformer, run_lanes
 from kernels.ops.backend import runs_kernel
+from kernels.ops.projection import Rows
 from prefill.contexts import contexts_of
 from prefill.request import Chunk
 
@@ -70,7 +71,7 @@ class PrefillStep:
         else:
             contexts = [slots_of(chunk.request.pages, 0, chunk.end) for chunk in chunks]
 
-        def attend(layer: int, attention: LatentAttention, normed: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, attention: LatentAttention, normed: Rows) -> torch.Tensor:
             queries, fresh = attention.compress(normed, rotation)
             attention.store(fresh, rotation, self.cache.latents[layer], slots)
             stored = self.cache.read(layer, slots)  # a copy: pages may be another's before it is sent

@@ -17,8 +17,7 @@ from kernels.ops.linear import linear_by_head
 from kernels.ops.merge_attention import merge_attention
 from kernels.ops.mla_decode import mla_decode
 from kernels.ops.mla_prefill import mla_prefill, mla_prefill_ragged
-from kernels.ops.projection import joined, plain, prepared, project
-from kernels.ops.rms_norm import rms_norm
+from kernels.ops.projection import Rows, joined, normed_for, plain, prepared, project
 from kernels.ops.rotary import rotate
 from kernels.ops.write_latents import write_latents
 
@@ -92,7 +91,11 @@ class LatentAttention:
             query_bias = latent_bias.new_zeros(rank or config.heads_count * config.qk_head_dim)
         return torch.cat([query_bias, latent_bias])
 
-    def compress(self, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    def normed(self, hidden: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> Rows:
+        """Norm of `residual [tokens, hidden]`, which grows by `hidden`, as `compress` takes it."""
+        return normed_for(self._down, hidden, norm, eps, residual)
+
+    def compress(self, hidden: Rows, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[tokens, heads, nope + rope]` and latents `[tokens, latent_dim]` of `hidden`.
 
         The latents are as they were projected: `store` makes of them what is attended to.
@@ -101,7 +104,8 @@ class LatentAttention:
         down = project(hidden, self._down, self._down_bias)
         query, latent = down[:, : -config.latent_dim], down[:, -config.latent_dim :]
         if config.q_lora_rank is not None:
-            query = project(rms_norm(query, self._query_norm, config.latent_norm_eps), self._query_up)
+            normed = normed_for(self._query_up, query, self._query_norm, config.latent_norm_eps)
+            query = project(normed, self._query_up)
         queries = query.unflatten(1, (config.heads_count, config.qk_head_dim))
         rotate(
             queries[..., config.qk_nope_head_dim :],
@@ -138,7 +142,8 @@ class LatentAttention:
         self, queries: torch.Tensor, latents: torch.Tensor, asked: Sequence[WindowedQueries]
     ) -> torch.Tensor:
         """As `expand`, of many prompts' chunks over their contexts in one layer's `latents [slots, row]`."""
-        return torch.cat([self._expand_some(queries[some.rows], latents, some) for some in asked])
+        parts = [self._expand_some(queries[some.rows], latents, some) for some in asked]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _expand_some(
         self, queries: torch.Tensor, latents: torch.Tensor, asked: WindowedQueries

@@ -14,11 +14,11 @@ from kernels.model.moe import MixtureOfExperts, RoutedExperts
 from kernels.model.tensor_names import attention_half_names
 from kernels.ops.expert_mlp import gated_mlp
 from kernels.ops.linear import linear, packed
-from kernels.ops.projection import Weight, moved
+from kernels.ops.projection import Rows, Weight, moved
 from kernels.ops.rms_norm import add_rms_norm, rms_norm
 from kernels.ops.rotary import rotation
 
-Attend = Callable[[int, LatentAttention, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, LatentAttention, Rows], torch.Tensor]
 """(layer, attention, normed hidden [tokens, hidden]) to attention's output before projection."""
 
 Lane = Generator[None, None, torch.Tensor]
@@ -113,7 +113,7 @@ class Transformer:
         eps = self.config.rms_norm_eps
         added = torch.zeros_like(hidden)
         for index, layer in enumerate(self.layers):
-            normed = add_rms_norm(added, hidden, layer.before_attention, eps)
+            normed = layer.attention.normed(added, hidden, layer.before_attention, eps)
             added = layer.attention.project(attend(index, layer.attention, normed))
             normed = add_rms_norm(added, hidden, layer.before_mlp, eps)
             if layer.moe is None:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from kernels.ops.backend import runs_kernel
+from kernels.ops.fp8_sizes import WEIGHT_BLOCK, scale_shape
 from kernels.ops.linear import linear
 from kernels.ops.linear_fp8_kernel import linear_fp8_kernel
-from kernels.ops.quantize import ROW_BLOCK, dequantize_blocks, quantize_blocks, quantize_rows, scale_shape
-
-WEIGHT_BLOCK = (128, 128)
+from kernels.ops.quantize import ROW_BLOCK, dequantize_blocks, quantize_blocks, quantize_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,20 @@ class Fp8Weight:
     def of(cls, weight: torch.Tensor) -> "Fp8Weight":
         """From a weight `[out, in]` of any floating type, rounded to FP8."""
         return cls(*quantize_blocks(weight, WEIGHT_BLOCK))
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Rows `[rows, in]` in FP8 E4M3, their float32 scales `[rows, ceil(in / 128)]`, and the type they had."""
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor) -> "Fp8Rows":
+        """From rows of any floating type, rounded to FP8."""
+        return cls(*quantize_rows(hidden), hidden.dtype)
 
 
 def linear_fp8_reference(
@@ -58,9 +71,10 @@ def linear_fp8(
     return linear_fp8_reference(hidden, hidden_scales, weight, weight_scales, dtype)
 
 
-def linear_fp8_of(hidden: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
-    """`hidden [rows, in]` rounded to FP8 row by row, by `weight`, `[rows, out]` in the type of `hidden`."""
-    return linear_fp8(*quantize_rows(hidden), weight.weight, weight.scales, hidden.dtype)
+def linear_fp8_of(hidden: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Tensor:
+    """`hidden [rows, in]`, rounded to FP8 unless it is, by `weight`, `[rows, out]` in the type it had."""
+    rows = hidden if isinstance(hidden, Fp8Rows) else Fp8Rows.of(hidden)
+    return linear_fp8(rows.numbers, rows.scales, weight.weight, weight.scales, rows.dtype)
 
 
 def _check(numbers: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], name: str) -> None:

@@ -5,18 +5,36 @@ from collections.abc import Sequence
 import torch
 
 from kernels.ops.linear import linear, packed
-from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Weight, linear_fp8_of
+from kernels.ops.linear_fp8 import WEIGHT_BLOCK, Fp8Rows, Fp8Weight, linear_fp8_of
 from kernels.ops.quantize import dequantize_blocks
+from kernels.ops.rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 
 Weight = torch.Tensor | Fp8Weight
+Rows = torch.Tensor | Fp8Rows
 
 
-def project(hidden: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def project(hidden: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`hidden [rows, in] @ weight [out, in].T + bias`, a row with the same bits in any batch."""
     if not isinstance(weight, Fp8Weight):
         return linear(hidden, weight, bias)
     out = linear_fp8_of(hidden, weight)
     return out if bias is None else out + bias
+
+
+def normed_for(
+    weight: Weight, hidden: torch.Tensor, norm: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> Rows:
+    """Norm of `hidden [rows, in]`, or of `residual`, which grows by it, as `project` by `weight` takes it.
+
+    For an FP8 weight it leaves the norm's launch as FP8, and has no other form.
+    """
+    if is_fp8(weight):
+        given = (norm, eps) if residual is None else (residual, norm, eps)
+        quantise = rms_norm_quantize if residual is None else add_rms_norm_quantize
+        return Fp8Rows(*quantise(hidden, *given), hidden.dtype)
+    if residual is None:
+        return rms_norm(hidden, norm, eps)
+    return add_rms_norm(hidden, residual, norm, eps)
 
 
 def prepared(weight: Weight) -> Weight:

@@ -73,3 +73,11 @@ def test_windows_attend_as_expand_does_however_chunks_are_cut(transformer, packs
             results.append(torch.cat(mixed))
     for result in results:
         assert (result - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+def test_one_group_of_prompts_is_not_copied(transformer, monkeypatch):
+    attention, part = transformer.layers[0].attention, torch.ones(9, 4)
+    monkeypatch.setattr(type(attention), "_expand_some", lambda *_: part)
+    contexts = contexts_of([drawn_chunk([5], 0, 9)], CPU, 128)
+    assert attention.expand_windows(part, part, contexts) is part
+    assert attention.expand_windows(part, part, contexts * 2).shape == (18, 4)
