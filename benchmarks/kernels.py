@@ -33,6 +33,7 @@ from benchmarks.gpu.row_cases import gate_cases, latents_cases, linear_cases, no
 from benchmarks.gpu.run_cases import Runner
 from benchmarks.gpu.sizes import FEW, QUICK, TINY, V3, WHOLE, Counts, Dimensions
 from benchmarks.gpu.supervise import supervise
+from benchmarks.gpu.tiles import put
 from benchmarks.gpu.timing import DeviceTimer, HostTimer
 from kernels.ops.backend import kernels_forced
 
@@ -61,6 +62,7 @@ def main(
     only: Annotated[str, typer.Option(help=f"some of {', '.join(OPERATIONS)}, with commas")] = "",
     quick: Annotated[bool, typer.Option(help="few sizes, under two minutes")] = False,
     warm: Annotated[bool, typer.Option(help="leave the L2 cache as the call before left it")] = False,
+    tile: Annotated[str, typer.Option(help="another tile than is shipped, as wide=64,32,8,3")] = "",
     peers: Annotated[Path | None, typer.Option(help="a folder with modules and libraries of peers")] = None,
     output: Annotated[Path, typer.Option(help="where the figures go")] = RESULTS,
     time_s: Annotated[int | None, typer.Option(help="no case begins later")] = None,
@@ -72,6 +74,8 @@ def main(
     skipped: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure every kernel and print tables."""
+    if tile:
+        put(tile)
     counts = QUICK if quick else WHOLE
     end_s = time.time() + (time_s or (QUICK_TIME_S if quick else TIME_S))
     if interpret:
@@ -84,7 +88,7 @@ def main(
         measure(asked, peers, warm, notes, skipped, end_s)
         return
     options = ["--only", only, *(["--quick"] if quick else []), *(["--warm"] if warm else [])]
-    options += ["--peers", str(peers)] if peers else []
+    options += [*(["--tile", tile] if tile else []), *(["--peers", str(peers)] if peers else [])]
     report(options, output, stall_s, end_s)
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from benchmarks.gpu.case import Case, Ready, relative_error, share_differing
 from benchmarks.gpu.roofline import H200
 from benchmarks.gpu.run_cases import OURS, Runner
 from benchmarks.gpu.sizes import FEW, QUICK, TINY, V3, WHOLE
+from benchmarks.gpu.tiles import put
 from benchmarks.gpu.timing import HostTimer, Measured
 from benchmarks.gpu.work import Work
+from kernels.ops import expert_bank_kernel, mla_decode_kernel
 from kernels.ops.backend import IS_INTERPRETED, kernels_forced
 
 LATER_S = 600.0
@@ -179,9 +181,11 @@ def test_the_process_that_measures_understands_what_it_is_told(with_gpu, monkeyp
 
     monkeypatch.setattr(kernels, "supervise", supervised)
     output = tmp_path / "figures.json"
+    monkeypatch.setattr(mla_decode_kernel, "WIDE", mla_decode_kernel.WIDE)
     options = ["--only", "gate,mix", "--quick", "--warm", "--peers", str(tmp_path), "--output", str(output)]
-    answer = call(options)
+    answer = call([*options, "--tile", "wide=64,32,8,3"])
     assert answer.exit_code == 0, answer.output
+    assert mla_decode_kernel.WIDE == (64, 32, 8, 3, 1)
     [(cases, peers, warm, notes, skipped, end_s)] = asked
     assert {case.operation for case in cases} == {"gate", "mix"}
     assert (peers, warm, notes.name, skipped.name) == (tmp_path, True, "notes", "skipped")
@@ -195,6 +199,23 @@ def test_a_name_that_is_no_operation_is_refused(with_gpu):
     answer = with_gpu[1](["--only", "gatte"])
     assert answer.exit_code == 2
     assert "gatte" in answer.output
+
+
+@pytest.mark.parametrize("asked", ["wide", "wide=64,32,8", "narrow=16,32,4,3", "wide=64,32,8,3.5"])
+def test_a_tile_that_is_none_is_refused(with_gpu, asked):
+    answer = with_gpu[1](["--tile", asked])
+    assert answer.exit_code == 2
+    assert "fp8_down" in answer.output
+
+
+def test_a_tile_is_put_in_one_place_alone(monkeypatch):
+    shipped = dict(expert_bank_kernel.TILES)
+    monkeypatch.setattr(expert_bank_kernel, "TILES", dict(shipped))
+    put("fp8_down=64,128,8,4")
+    changed = expert_bank_kernel.TILES.pop(torch.float8_e4m3fn)
+    *fewer, many = shipped.pop(torch.float8_e4m3fn)
+    assert changed == (*fewer, replace(many, down=expert_bank_kernel.Tile(64, 128, 8, 4)))
+    assert shipped == expert_bank_kernel.TILES
 
 
 def test_limits_are_measured_once_and_what_is_done_is_passed_over(monkeypatch, tmp_path):
