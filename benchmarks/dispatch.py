@@ -1,7 +1,8 @@
 """Dispatch and combine of 32 tokens beside a bare echo of the same bytes: `python -m benchmarks.dispatch`.
 
 As many processes on both sides, unix sockets on both; the experts' arithmetic is taken out of the shards, so
-that what is left is what we add to a socket: choosing shards, headers, gathering rows, mixing outputs.
+that what is left is what we add to a socket: choosing shards, headers, gathering rows, mixing outputs. Tokens
+have the size of those in `benchmarks.serving`, and that of DeepSeek-V3's.
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
@@ -25,12 +28,21 @@ from experts.shard import Dispatch, ExpertShard
 from kernels.model.config import WeightFormat
 
 TOKENS = 32
-HIDDEN = 512
-EXPERTS = 32
-CHOICES = 4
-ROUNDS = 1000
+ROUNDS = 500
 WARM_UP_ROUNDS = 100
 SECRET = "benchmark"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: numbers of a token, experts of a layer, and how many of these a token visits."""
+
+    hidden: int
+    experts: int
+    choices: int
+
+
+SIZES = {"512 numbers": Sizes(512, 32, 4), "7,168 numbers": Sizes(7168, 256, 8)}
 
 
 class EchoingShard(ExpertShard):
@@ -40,25 +52,24 @@ class EchoingShard(ExpertShard):
         return [dispatch.hidden[dispatch.rows] for dispatch in dispatches]
 
 
-class NoCheckpoint:
+def checkpoint_of(sizes: Sizes) -> SimpleNamespace:
     """What a shard asks of a checkpoint when it computes nothing."""
+    config = SimpleNamespace(
+        dense_layers_count=0,
+        moe_layers=range(1),
+        routed_experts_count=sizes.experts,
+        hidden_size=sizes.hidden,
+        moe_intermediate_size=sizes.hidden,
+        weight_format=WeightFormat("float32"),
+    )
+    return SimpleNamespace(config=config)
 
-    class config:
-        """Sizes."""
 
-        dense_layers_count = 0
-        moe_layers = range(1)
-        routed_experts_count = EXPERTS
-        hidden_size = HIDDEN
-        moe_intermediate_size = HIDDEN
-        weight_format = WeightFormat("float32")
-
-
-def run_shard(name: str, address: str, placement: Placement) -> None:
+def run_shard(name: str, address: str, placement: Placement, sizes: Sizes) -> None:
     """A shard's process."""
     torch.set_num_threads(1)
     shard = EchoingShard(
-        ShardConfig(name, address, SECRET, f"{address}-weights"), NoCheckpoint(), torch.float32
+        ShardConfig(name, address, SECRET, f"{address}-weights"), checkpoint_of(sizes), torch.float32
     )
     shard._holding = Holding(placement.epoch, dict.fromkeys(placement.experts_of(name), True), leaving={})
     shard._run()
@@ -87,23 +98,27 @@ def read_all(sock: socket.socket, buffer: memoryview) -> bool:
 
 
 def measure_dispatch(shards_counts: tuple[int, ...] = (1, 2, 4)) -> dict[str, dict[str, float]]:
-    """Median microseconds of a round trip to all shards, ours and bare, by number of shards."""
-    return {f"{count} shards": measure_one(count) for count in shards_counts}
+    """Median microseconds of a round trip to all shards, ours and bare, by size of tokens and shards."""
+    return {
+        f"{name}, {count} shards": measure_one(count, sizes)
+        for name, sizes in SIZES.items()
+        for count in shards_counts
+    }
 
 
-def measure_one(shards_count: int) -> dict[str, float]:
+def measure_one(shards_count: int, sizes: Sizes) -> dict[str, float]:
     """Ours and bare, each with processes of its own."""
     torch.set_num_threads(1)
     chance = torch.Generator().manual_seed(1)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=chance)
-    ids = torch.rand(TOKENS, EXPERTS, generator=chance).topk(CHOICES).indices
-    weights = torch.full((TOKENS, CHOICES), 1 / CHOICES)
+    hidden = torch.randn(TOKENS, sizes.hidden, generator=chance)
+    ids = torch.rand(TOKENS, sizes.experts, generator=chance).topk(sizes.choices).indices
+    weights = torch.full((TOKENS, sizes.choices), 1 / sizes.choices)
     with tempfile.TemporaryDirectory(prefix="trivium-dispatch-") as folder:
         shards = [ShardAddress(f"shard-{i}", f"unix://{folder}/shard-{i}") for i in range(shards_count)]
-        placement = even_placement(shards, 0, 1, EXPERTS, epoch=1)
-        sizes = frame_bytes(ids, placement, shards_count)
-        echoes = [(f"{folder}/echo-{i}", *size) for i, size in enumerate(sizes)]
-        with running(run_shard, [(shard.name, shard.address, placement) for shard in shards]):
+        placement = even_placement(shards, 0, 1, sizes.experts, epoch=1)
+        frames = frame_bytes(ids, placement, shards_count, sizes.hidden)
+        echoes = [(f"{folder}/echo-{i}", *size) for i, size in enumerate(frames)]
+        with running(run_shard, [(shard.name, shard.address, placement, sizes) for shard in shards]):
             experts = RemoteExperts(DispatchConfig("benchmark", SECRET))
             experts.adopt(placement)
             ours_us = median_us(lambda: experts.dispatch(0, hidden, ids, weights).combine())
@@ -154,13 +169,15 @@ def median_us(run: Callable[[], object]) -> float:
     return round(median(times), 1)
 
 
-def frame_bytes(ids: torch.Tensor, placement: Placement, shards_count: int) -> list[tuple[int, int]]:
+def frame_bytes(
+    ids: torch.Tensor, placement: Placement, shards_count: int, hidden_size: int
+) -> list[tuple[int, int]]:
     """Bytes of hidden states to each shard, once a token, and of outputs back, once a slot."""
     homes = torch.tensor(placement.homes[0])[ids].squeeze(-1)
     sizes = []
     for shard in range(shards_count):
         mine = homes == shard
-        sizes.append((int(mine.any(1).sum()) * HIDDEN * 4, int(mine.sum()) * HIDDEN * 4))
+        sizes.append((int(mine.any(1).sum()) * hidden_size * 4, int(mine.sum()) * hidden_size * 4))
     return sizes
 
 
@@ -178,8 +195,6 @@ def connected(path: str) -> socket.socket:
 
 if __name__ == "__main__":
     console = Console()
-    console.print(
-        f"{os.cpu_count()} cores; {TOKENS} tokens of {HIDDEN} floats, {CHOICES} of {EXPERTS} experts"
-    )
-    for shards, figures in measure_dispatch().items():
-        console.print(shards, figures)
+    console.print(f"{os.cpu_count()} cores; {TOKENS} tokens; microseconds of a dispatch and its answer")
+    for case, figures in measure_dispatch().items():
+        console.print(case, figures)
