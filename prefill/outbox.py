@@ -2,7 +2,8 @@
 
 A thread of its own adds the checksum and hands each frame to the channel, which the endpoint's thread then
 empties. Each decode node has a line of its own: one that falls behind holds up its own prompts alone.
-Computing never waits here: it asks `has_room`, and computes for others meanwhile.
+Computing never waits here: it asks `has_room`, and computes for others meanwhile. Lines wait for one another
+only while a channel is made: for CONNECT_TIMEOUT_S at most, and where nobody answers once in SHUNNED_S.
 """
 
 import logging
@@ -195,10 +196,11 @@ class Outbox:
             return True
         if unsent_bytes != line.unsent_bytes:  # nothing is added meanwhile: some was taken
             line.unsent_bytes, line.progress_s = unsent_bytes, now_s
-        if now_s - line.progress_s <= UNSENT_TIMEOUT_S:
+        since_s = max(line.progress_s, channel.joined_s)  # nothing can leave before two GPUs are joined
+        if now_s - since_s <= UNSENT_TIMEOUT_S:
             return False
         self._shun(parcel.request.asked.decode_address)
-        channel.close()
+        channel.end()  # its endpoint closes it, which may wait for GPUs to let go
         raise ChannelTimeout(f"the decode node took none of {unsent_bytes} bytes in {UNSENT_TIMEOUT_S} s")
 
     def _channel(self, address: str) -> StreamChannel:

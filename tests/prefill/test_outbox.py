@@ -1,5 +1,6 @@
 """Parcels leave in order, wait for nobody who does not read, and are not sent for those who have gone."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -25,11 +26,13 @@ class Wire:
     def __init__(self):
         self.sent: list[tuple[str, dict, list[bytes]]] = []
         self.stalled = False
+        self.joined_s = 0.0
         self.pending_bytes = 0
+        self.ended = False
         self.closed = False
 
     def send(self, kind, body, parts=()):
-        if self.closed:
+        if self.ended or self.closed:
             raise ChannelClosed("closed")
         self.sent.append((kind, body, [bytes(part) for part in parts]))
         if self.stalled:
@@ -38,9 +41,13 @@ class Wire:
     def fileno(self):
         return -1 if self.closed else 3
 
-    def close(self):
-        self.closed = True
+    def end(self):
+        self.ended = True
         self.pending_bytes = 0
+
+    def close(self):
+        self.end()
+        self.closed = True
 
 
 class Wires:
@@ -170,16 +177,61 @@ def test_a_decode_node_that_falls_behind_is_waited_for_but_not_without_end(
         outbox.send_all()
     clock[0] += 9.9
     outbox.send_all()
-    assert failed == [] and not wire.closed
+    assert failed == [] and not wire.ended
     clock[0] += 0.2
     outbox.send_all()
-    assert failed == [requests[3]] and wire.closed
+    assert failed == [requests[3]] and wire.ended
     outbox.forget(wire)
     outbox.put(parcel(requests[4]))
     assert failed == [requests[3], requests[4]] and len(wires.made) == 1
     clock[0] += 5.1
     outbox.put(parcel(request("later")))
     assert names(wires.made[1][1]) == ["later"]
+
+
+def full(outbox, wires, monkeypatch, waiting: PrefillRequest) -> Wire:
+    """A wire that has more than it may and takes no more, and a parcel that waits for it."""
+    monkeypatch.setattr(prefill.outbox, "UNSENT_BYTES_MAX", 50)
+    outbox.put(parcel(request()))
+    wire = wires.made[-1][1]
+    wire.stalled = True
+    for sent in (request(), waiting):
+        outbox.put(parcel(sent))
+    assert len(wire.sent) == 2
+    return wire
+
+
+def test_a_decode_node_whose_gpu_is_being_joined_takes_nothing_yet(outbox, wires, failed, monkeypatch, clock):
+    waiting = request("waiting")
+    wire = full(outbox, wires, monkeypatch, waiting)
+    for _ in range(6):
+        clock[0] += 9.0
+        wire.joined_s = clock[0]
+        outbox.send_all()
+    clock[0] += 9.9  # joined by now
+    outbox.send_all()
+    assert failed == [] and not wire.ended
+    clock[0] += 0.2
+    outbox.send_all()
+    assert failed == [waiting] and wire.ended
+
+
+def test_a_gpu_that_does_not_let_go_holds_up_no_other_line(outbox, wires, failed, monkeypatch, clock):
+    waiting, freed = request("waiting"), threading.Event()
+    wire = full(outbox, wires, monkeypatch, waiting)
+    wire.close = lambda: freed.wait(5)
+    clock[0] += 10.1
+    outbox.start()
+    begin_s = time.monotonic()
+    outbox.put(parcel(request("other", address="memory://e")))
+    while (len(wires.made) < 2 or not wires.made[1][1].sent) and time.monotonic() < begin_s + 1.0:
+        time.sleep(0.005)
+    try:
+        assert (failed, wire.ended) == ([waiting], True)
+        assert names(wires.made[1][1]) == ["other"]
+    finally:
+        freed.set()
+        outbox.close()
 
 
 def test_what_a_decode_node_takes_at_last_goes_on_in_order(outbox, wires, monkeypatch):
