@@ -177,7 +177,11 @@ class ExpertsSection(Section):
     resources: Resources = Field(
         {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
     )
-    dispatch_timeout_s: Seconds = Field(30.0, description="how long a node waits for a shard's answer")
+    dispatch_timeout_s: Seconds = Field(
+        30.0,
+        description="how long a node waits for a shard's answer; one whose step takes four times as long, and "
+        "two minutes at least, is replaced",
+    )
     replicas_min: int = Field(
         1, ge=1, le=16, description="homes of each expert; with 2, any one shard may die and none is missed"
     )

@@ -23,6 +23,7 @@ DRAIN_S = 600.0
 DRAIN_POLL_S = 0.1
 NOTICED_S = 0.6  # in which gateways hear that a node drains
 STEP_TIMEOUTS = 4  # a step waits for many dispatches, of which hardly any takes all of its time
+STEP_S_MIN = 120.0  # that a step may take in any case: dispatches given up soon make none shorter
 
 Node = PrefillNode | DecodeNode
 
@@ -117,7 +118,7 @@ def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNo
         section.requests_max,
         section.micro_batches,
         packs_latents=place.config.model.latents == "fp8",
-        step_s_max=STEP_TIMEOUTS * place.config.experts.dispatch_timeout_s,
+        step_s_max=step_s_max(place),
     )
     return PrefillNode(config, transformer)
 
@@ -135,9 +136,14 @@ def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode
         place.config.transport.lease_s,
         place.tensors_address(name),
         packs_latents=place.config.model.latents == "fp8",
-        step_s_max=STEP_TIMEOUTS * place.config.experts.dispatch_timeout_s,
+        step_s_max=step_s_max(place),
     )
     return DecodeNode(config, transformer)
+
+
+def step_s_max(place: Place) -> float:
+    """Seconds after which a step is taken for one without end, and its node for one to be replaced."""
+    return max(STEP_S_MIN, STEP_TIMEOUTS * place.config.experts.dispatch_timeout_s)
 
 
 async def drained(node: Node, drain_s: float) -> None:

@@ -161,12 +161,15 @@ def test_a_post_from_its_first_heartbeat_to_its_last(place, transformer, kind: s
 
 
 @pytest.mark.parametrize("make", [post_module.make_prefill, post_module.make_decode])
-def test_a_steps_time_goes_by_the_patience_of_its_dispatches(place, transformer, make: Callable):
-    experts = place.config.experts.model_copy(update={"dispatch_timeout_s": 7.0})
+@pytest.mark.parametrize(("timeout_s", "step_s_max"), [(60.0, 240.0), (2.0, 120.0)])
+def test_a_steps_time_goes_by_the_patience_of_its_dispatches_and_is_never_short(
+    place, transformer, make: Callable, timeout_s: float, step_s_max: float
+):
+    experts = place.config.experts.model_copy(update={"dispatch_timeout_s": timeout_s})
     patient = replace(place, config=place.config.model_copy(update={"experts": experts}))
     node = make("name", patient, transformer)
     node.close()
-    assert node.config.step_s_max == 28.0
+    assert node.config.step_s_max == step_s_max
 
 
 def test_one_that_never_opened_closes_too(place):
