@@ -98,7 +98,9 @@ class NodeActor:
         self._is_ending = True
         if self._changing is not None:
             await asyncio.wait([self._changing])
-        await asyncio.gather(*(post.close() for post in self.posts))
+        ends = await asyncio.gather(*(post.close() for post in self.posts), return_exceptions=True)
+        for error in filter(None, ends):  # once all have ended, whatever one of them raised
+            raise error
 
 
 class PrefillActor(NodeActor):

@@ -84,18 +84,20 @@ class Post:
         return self.node is not None and self.state == READY and not self.node.is_alive
 
     async def close(self, drain_s: float = DRAIN_S) -> None:
-        """Take nothing new, finish what is here as long as that may take, then go."""
+        """Take nothing new, finish what is here as long as that may take, then go; raises StepsFail."""
         self.state = DRAINING if self.node is not None else STARTING
         await self._heartbeat.announce()
         if self.node is not None:
             await asyncio.sleep(NOTICED_S)
             await drained(self.node, drain_s)
         await self._heartbeat.stop()
-        if self.node is not None:
-            await asyncio.to_thread(self.node.close)
-            self.node = None
-        self.experts.close()
-        await stop_tracing(self._tracing)
+        try:
+            if self.node is not None:
+                await asyncio.to_thread(self.node.close)
+                self.node = None
+            self.experts.close()  # not where a step outlasts its node: it still uses them
+        finally:
+            await stop_tracing(self._tracing)
 
     async def _follow(self, view: View) -> None:
         """Go by a newer placement, and hear which role is wanted here."""

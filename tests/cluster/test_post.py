@@ -68,6 +68,21 @@ class Coordinator:
         return next(member for member in reversed(self.heard) if member.name == name)
 
 
+class Ended:
+    """A post, or its tracing, that only ends."""
+
+    def __init__(self, end: Callable[[], None], after_s: float = 0.0):
+        self._end = end
+        self._after_s = after_s
+
+    async def close(self) -> None:
+        """Do what was asked for at the end."""
+        await asyncio.sleep(self._after_s)
+        self._end()
+
+    stop = close
+
+
 class Prefill(PrefillActor):
     """Ended by hand, as Serve does, and not again with the garbage."""
 
@@ -258,12 +273,13 @@ def test_a_step_that_outlasts_its_node_keeps_the_experts_that_it_uses(place, tra
         node, blocked, freed = post.node, threading.Event(), threading.Event()
         node.config = replace(node.config, step_s_max=0.05)
         closed = []
-        monkeypatch.setattr(post.experts, "close", lambda: closed.append(1))
+        monkeypatch.setattr(post.experts, "close", lambda: closed.append("experts"))
+        post._tracing = Ended(lambda: closed.append("tracing"))
         monkeypatch.setattr(node, "step", lambda: blocked.set() or int(not freed.wait(10)))
         await asyncio.to_thread(blocked.wait, 10)
         with pytest.raises(StepsFail):
             await post.close()
-        assert not closed
+        assert closed == ["tracing"]
         freed.set()
         await asyncio.to_thread(node._thread.join, 10)
 
@@ -361,5 +377,22 @@ def test_an_actor_that_is_ended_while_it_changes_ends_as_what_it_became(place):
         assert len(coordinator.left) == 2 and coordinator.left[0] == first.name
         beating = [task for task in asyncio.all_tasks() if Heartbeat.__name__ in repr(task)]
         assert not beating
+
+    asyncio.run(run())
+
+
+def test_a_post_that_does_not_close_cuts_no_others_short():
+    ended: list[str] = []
+
+    def fail() -> None:
+        raise StepsFail("its step goes on")
+
+    async def run() -> None:
+        actor = Decode.__new__(Decode)
+        actor._changing = None
+        actor.posts = [Ended(fail), Ended(lambda: ended.append("other"), after_s=0.05)]
+        with pytest.raises(StepsFail):
+            await actor.drain()
+        assert ended == ["other"]
 
     asyncio.run(run())
