@@ -143,7 +143,7 @@ class Desk:
     def finish_now(self, request_id: str, reason: str) -> FinishRequest:
         """End a request under way, as after a stop string: its nodes are free of it at once."""
         route = self._seats[request_id].route
-        phases = self.router.phases(route, time.monotonic())
+        phases = route.phases(time.monotonic())
         self._recorder.finished(request_id, reason, route.cached_tokens_count, phases)
         self.tell(RequestCancelled(request_id))
         return FinishRequest(request_id, reason, route.cached_tokens_count, phases)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from cluster.events import RoutedRequest
-from decode.messages import TokenChunk
+from cluster.events import Phases, RoutedRequest
+from decode.messages import ReservePages, TokenChunk
 from kernels.model.pages import pages_for
-from prefill.messages import PRIORITY_S
+from prefill.messages import PRIORITY_S, PrefillPrompt
 
 
 class Phase(Enum):
@@ -37,8 +37,6 @@ class Route:
     """Length of this attempt's prompt, as counted on its prefill node."""
     avoids: tuple[str, ...] = ()
     """Nodes on which the last attempt failed: taken only if there are no others."""
-    awaited: str = ""
-    """Decode node that is kept free for this request while it waits."""
     outputs: list[int] = field(default_factory=list)
     early: dict[int, TokenChunk] = field(default_factory=dict)
     """Chunks of this attempt that overtook an earlier one."""
@@ -74,3 +72,28 @@ class Route:
     def needs_prefill(self) -> bool:
         """Whether the prefill node still has something that nobody else has: latents, or the first token."""
         return self.phase in (Phase.RESERVING, Phase.PREFILLING) or not self.is_handed_over
+
+    def reservation(self) -> ReservePages:
+        """What this attempt asks of its decode node."""
+        asked = self.request
+        prompt = (self.token_ids, len(asked.token_ids), asked.sampling)
+        return ReservePages(asked.request_id, self.generation, *prompt, asked.traceparent)
+
+    def prompt(self, decode_address: str) -> PrefillPrompt:
+        """What this attempt asks of its prefill node, once latents may go to `decode_address`."""
+        asked = self.request
+        prompt = (self.token_ids, len(asked.token_ids), asked.sampling, decode_address)
+        return PrefillPrompt(asked.request_id, self.generation, *prompt, asked.priority, asked.traceparent)
+
+    def asks(self, name: str) -> bool:
+        """Whether a decode node was asked for room, and has not answered."""
+        return self.phase is Phase.RESERVING and self.decode == name
+
+    def phases(self, now_s: float) -> Phases:
+        """Where its seconds went until now: queued, prefill and decode add up to the total.
+
+        Transfer overlaps decode, and so does all that a later attempt takes.
+        """
+        first_s = self.first_token_s if self.outputs else now_s
+        queued_s = max(first_s - self.admitted_s - self.prefill_s, 0.0)
+        return Phases(queued_s, self.prefill_s, self.transfer_s, now_s - first_s, now_s - self.admitted_s)

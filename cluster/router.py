@@ -23,7 +23,6 @@ from cluster.events import (
     NodeJoined,
     NodeLost,
     NodeSaid,
-    Phases,
     RequestAdmitted,
     RequestCancelled,
     RoutedRequest,
@@ -40,13 +39,12 @@ from decode.messages import (
     PageReservation,
     RequestFailed,
     ReservationRefused,
-    ReservePages,
     TokenChunk,
     TokenChunks,
     TokenLogprob,
 )
 from kernels.model.pages import PAGE_TOKENS, page_hashes, pages_for
-from prefill.messages import FirstTokenChunk, HandedOver, PrefillPrompt
+from prefill.messages import FirstTokenChunk, HandedOver
 
 REST_S = 0.1  # before another attempt after a failure, and up to twice that; doubled after each further one
 REST_SPREAD = 0.618  # the golden section: it parts those that failed together, whose numbers are in a row
@@ -67,6 +65,8 @@ class Router:
         self._numbers = itertools.count()
         self._waiting: list[tuple[float, int, str]] = []  # turns, sorted
         self._resting: dict[str, float] = {}  # request id: when it joins the waiting
+        self._kept: dict[str, str] = {}  # request id: the decode node that is kept free for it
+        self._awaited: dict[str, str] = {}  # the same of those whose node knows
         self._may_place = False
 
     @property
@@ -79,6 +79,7 @@ class Router:
         commands = list(self._handle(event, now_s))
         if self._may_place:
             commands.extend(self._place())
+        commands.extend(self._await_no_more())
         return commands
 
     def _handle(self, event: Event, now_s: float) -> Iterator[Command]:
@@ -119,7 +120,6 @@ class Router:
     def _wait_no_more(self, route: Route) -> None:
         if self._resting.pop(route.request.request_id, None) is None:
             del self._waiting[bisect.bisect_left(self._waiting, route.turn)]
-        route.awaited = ""
 
     def _wake_rested(self, now_s: float) -> None:
         for request_id in [request_id for request_id, end_s in self._resting.items() if end_s <= now_s]:
@@ -133,6 +133,7 @@ class Router:
         nodes, but cannot starve it.
         """
         self._may_place = False
+        kept_before, self._kept = self._kept, {}
         open_nodes = [node for node in self.nodes.values() if node.kind == "decode" and node.is_ready]
         passed_count = 0
         while open_nodes and passed_count < min(len(self._waiting), LOOKED_PAST_MAX):
@@ -147,13 +148,24 @@ class Router:
                 yield from self._end(route.request.request_id)
             else:
                 passed_count += 1
-                self._keep_free(route, open_nodes)
+                if prefill is not None:  # or room would not help it
+                    self._keep_free(route, open_nodes, kept_before)
 
-    def _keep_free(self, route: Route, open_nodes: list[NodeView]) -> None:
-        awaited = choose_awaited(open_nodes, route.pages_wanted_count, route.awaited)
-        if awaited is not None:
-            route.awaited = awaited.name
-            open_nodes.remove(awaited)
+    def _keep_free(self, route: Route, open_nodes: list[NodeView], kept_before: dict[str, str]) -> None:
+        request_id = route.request.request_id
+        kept = choose_awaited(open_nodes, route.pages_wanted_count, kept_before.get(request_id, ""))
+        if kept is not None:
+            self._kept[request_id] = kept.name
+            open_nodes.remove(kept)
+
+    def _await_no_more(self) -> Iterator[Command]:
+        """Tell nodes for whom they need keep no pages any more; attempts go on, hence generation 0."""
+        for request_id, name in list(self._awaited.items()):
+            route = self.routes.get(request_id)
+            if self._kept.get(request_id) != name and (route is None or not route.asks(name)):
+                del self._awaited[request_id]
+                if name in self.nodes:
+                    yield SayToNode(name, CancelRequest(request_id, 0))
 
     def _misfit(self, route: Route) -> str | None:
         """Why no node that is known can ever take a request, or None if one can or is not known yet."""
@@ -180,11 +192,7 @@ class Router:
         prefill.requests_count += 1
         prefill.tokens_sent_count += route.tokens_sent_count
         prefill.remember_prefix(route.hashes)
-        asked = route.request
-        prompt = (route.token_ids, len(asked.token_ids), asked.sampling)
-        return SayToNode(
-            decode.name, ReservePages(asked.request_id, route.generation, *prompt, asked.traceparent)
-        )
+        return SayToNode(decode.name, route.reservation())
 
     def _leave_prefill(self, route: Route) -> None:
         node = self.nodes.get(route.prefill)
@@ -245,20 +253,7 @@ class Router:
         if route is None or route.phase is not Phase.RESERVING:
             return
         route.phase = Phase.PREFILLING
-        request = route.request
-        yield SayToNode(
-            route.prefill,
-            PrefillPrompt(
-                request.request_id,
-                route.generation,
-                route.token_ids,
-                len(request.token_ids),
-                request.sampling,
-                reservation.address,
-                request.priority,
-                request.traceparent,
-            ),
-        )
+        yield SayToNode(route.prefill, route.prompt(reservation.address))
 
     def _refused(self, refused: ReservationRefused) -> None:
         route = self._current(refused.request_id, refused.generation)
@@ -298,18 +293,9 @@ class Router:
         if tokens:
             yield DeliverTokens(chunk.request_id, tuple(tokens), tuple(logprobs))
         if finish_reason is not None:
-            phases = self.phases(route, now_s)
+            phases = route.phases(now_s)
             yield FinishRequest(chunk.request_id, finish_reason, route.cached_tokens_count, phases)
             yield from self._end(chunk.request_id, tell_nodes=not ended_itself)
-
-    def phases(self, route: Route, now_s: float) -> Phases:
-        """Where a request's seconds went until now: queued, prefill and decode add up to the total.
-
-        Transfer overlaps decode, and so does all that a later attempt takes.
-        """
-        first_s = route.first_token_s if route.outputs else now_s
-        queued_s = max(first_s - route.admitted_s - route.prefill_s, 0.0)
-        return Phases(queued_s, route.prefill_s, route.transfer_s, now_s - first_s, now_s - route.admitted_s)
 
     # ends, and new attempts
 
@@ -391,8 +377,10 @@ class Router:
                 wanted = by_node.setdefault(route.decode, [])
                 if route.phase is not Phase.DECODING or route.is_handed_over:
                     wanted.append(request_id)
-            elif route.awaited in self.nodes:
-                yield SayToNode(route.awaited, AwaitPages(request_id, route.pages_wanted_count))
         for name, request_ids in by_node.items():
             if name in self.nodes:
                 yield SayToNode(name, ExtendLeases(tuple(request_ids)))
+        for request_id, name in self._kept.items():
+            if name in self.nodes:
+                self._awaited[request_id] = name
+                yield SayToNode(name, AwaitPages(request_id, self.routes[request_id].pages_wanted_count))

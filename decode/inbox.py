@@ -82,18 +82,17 @@ class Inbox:
     def reserve(self, asked: ReservePages, gateway: Channel) -> PageReservation | ReservationRefused:
         """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one.
 
-        An older one than what waits here is refused, as is one for which there are no pages but awaited ones.
+        An older one than what waits here is refused, as is one for which there are but pages that others await.
         """
         tokens_count = asked.prompt_tokens_count + asked.sampling.tokens_max
         wanted = pages_for(max(tokens_count, len(asked.token_ids)))
         with self._lock:
             self._forget(asked.request_id, asked.generation)
-            awaited_count = self._awaited_count(asked.request_id)
+            awaited_count = self._awaited_count(gateway)
             available = max(self._cache.pool.pages_available_count - awaited_count, 0)
             if asked.request_id in self._waiting or wanted > available:
                 return ReservationRefused(asked.request_id, asked.generation, available)
-            if not awaited_count:
-                self._awaiting = None  # it has come
+            self._await_no_more(asked.request_id)  # it has come
             pages = self._cache.pool.lease(wanted)
             now_s = self._clock()
             counts = [0] * self._cache.layers_count
@@ -110,9 +109,12 @@ class Inbox:
         return PageReservation(asked.request_id, asked.generation, self._address)
 
     def await_pages(self, awaited: AwaitPages, gateway: Channel) -> None:
-        """Keep what comes free for a request, if for no other yet; half a lease, unless it is said again."""
+        """Keep what comes free from other gateways for half a lease, unless one of them was first.
+
+        Whose turn it is among a gateway's own requests is its affair: what it says last holds.
+        """
         with self._lock:
-            if not self._awaited_count(awaited.request_id):
+            if not self._awaited_count(gateway):
                 self._awaiting = awaited, gateway, self._clock() + self._lease_s / 2
 
     def choose_buffers(
@@ -178,8 +180,9 @@ class Inbox:
         return complete
 
     def cancel(self, request_id: str, generation: int) -> bool:
-        """Forget a request that waits here; whether there was one."""
+        """Forget a request that waits here, and what is kept for it of any generation; whether one waited."""
         with self._lock:
+            self._await_no_more(request_id)
             return self._forget(request_id, generation)
 
     def cancel_of(self, gateway: Channel) -> None:
@@ -245,12 +248,16 @@ class Inbox:
         if pages_count > STRANDED_SHARE_MAX * self._cache.pool.pages_count:
             raise PagesLost(f"other GPUs may still write to {pages_count} pages that nobody uses")
 
-    def _awaited_count(self, request_id: str) -> int:
-        """Pages that another request than this one waits for."""
+    def _awaited_count(self, gateway: Channel) -> int:
+        """Pages that a request of another gateway than this one waits for."""
         if self._awaiting is None:
             return 0
-        awaited, _, end_s = self._awaiting
-        return 0 if awaited.request_id == request_id or end_s < self._clock() else awaited.pages_count
+        awaited, awaiting, end_s = self._awaiting
+        return 0 if awaiting is gateway or end_s < self._clock() else awaited.pages_count
+
+    def _await_no_more(self, request_id: str) -> None:
+        if self._awaiting is not None and self._awaiting[0].request_id == request_id:
+            self._awaiting = None
 
     def _fits(self, request: DecodeRequest, channel: Channel, latents: Latents, payload_bytes: int) -> bool:
         tokens_count = latents.end - latents.begin

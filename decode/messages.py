@@ -86,7 +86,10 @@ class ReservePages:
 
 @dataclass(frozen=True)
 class AwaitPages:
-    """A request waits until so many pages are free: let other gateways' requests not take them meanwhile."""
+    """A request waits until so many pages are free: let other gateways' requests not take them meanwhile.
+
+    Holds for half a lease; the gateway's next one replaces it, and the request's CancelRequest ends it.
+    """
 
     request_id: str
     pages_count: int

@@ -23,3 +23,6 @@ def check_books(router: Router) -> None:
         assert node.tokens_sent_count == tokens[name], f"tokens sent to {name}"
     waiting = sum(route.phase is Phase.WAITING for route in router.routes.values())
     assert router.requests_waiting_count == waiting, "requests waiting"
+    kept = router._kept
+    assert all(router.routes[request_id].phase is Phase.WAITING for request_id in kept), "kept for nobody"
+    assert len(set(kept.values())) == len(kept), "a node is kept for two"

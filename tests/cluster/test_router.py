@@ -662,6 +662,46 @@ def test_a_request_without_room_has_its_node_keep_pages_from_other_gateways(stor
     assert said_to(story.wait(LEASE_S / 3), AwaitPages) == []
 
 
+@pytest.fixture
+def awaiting(story: Story) -> Story:
+    """A node that keeps pages for a large request."""
+    story.report("d1", 3, 10)
+    story.admit("large", pages=8)
+    story.wait(LEASE_S / 3)
+    return story
+
+
+FORGET_LARGE = SayToNode("d1", CancelRequest("large", 0))
+
+
+def test_an_awaited_node_is_told_once_that_the_request_is_cancelled(awaiting: Story):
+    assert awaiting.tell(RequestCancelled("large")) == [FORGET_LARGE]
+    assert awaiting.wait(LEASE_S) == []
+
+
+def test_an_awaited_node_is_told_that_the_request_went_to_another(awaiting: Story):
+    reserve, forget = awaiting.join("d2")
+    assert (reserve.name, forget) == ("d2", FORGET_LARGE)
+
+
+def test_an_awaited_node_keeps_room_for_whom_it_refused(awaiting: Story):
+    commands = awaiting.report("d1", 8, 10)
+    assert reserved(commands) == [("large", "d1")]
+    assert cancelled([*commands, *awaiting.refused("large", available=3)]) == []
+    reserve, forget = awaiting.join("d2")
+    assert (reserve.name, forget) == ("d2", FORGET_LARGE)
+
+
+def test_who_comes_before_another_takes_its_node_over(awaiting: Story):
+    assert awaiting.admit("urgent", pages=7, priority=2) == [FORGET_LARGE]
+    assert said_to(awaiting.wait(LEASE_S / 3), AwaitPages) == [("d1", AwaitPages("urgent", 7))]
+
+
+def test_no_pages_are_kept_for_a_request_that_no_prefill_node_takes(awaiting: Story):
+    assert awaiting.tell(NodeLost("p1")) == [FORGET_LARGE]
+    assert awaiting.wait(LEASE_S) == []
+
+
 def test_nothing_is_said_to_an_awaited_node_that_is_lost(story: Story):
     story.report("d1", 3, 10)
     story.admit("large", pages=8)

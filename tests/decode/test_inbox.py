@@ -114,32 +114,52 @@ def test_no_room_is_said_with_numbers_and_changes_nothing(place):
     assert place.counts() == (2, 10)
 
 
-def test_pages_that_a_request_waits_for_go_to_no_other(place):
+def test_pages_that_a_request_waits_for_go_to_no_other_gateway(place):
+    other = Wire("gateway-1")
     place.reserve("a", tokens=300, outputs=20)
     place.inbox.await_pages(AwaitPages("large", 10), place.gateway)
-    assert place.reserve("small") == ReservationRefused("small", 1, pages_available_count=0)
-    place.inbox.await_pages(AwaitPages("later", 11), Wire("gateway-1"))
+    assert place.reserve("small", gateway=other) == ReservationRefused("small", 1, pages_available_count=0)
+    place.inbox.await_pages(AwaitPages("later", 11), other)
     place.inbox.cancel("a", 1)
-    assert place.reserve("later", tokens=600, outputs=100) == ReservationRefused("later", 1, 2)
-    assert isinstance(place.reserve("small"), PageReservation)
+    later = place.reserve("later", tokens=600, outputs=100, gateway=other)
+    assert later == ReservationRefused("later", 1, pages_available_count=2)
+    assert isinstance(place.reserve("small", gateway=other), PageReservation)
     assert isinstance(place.reserve("large", tokens=600, outputs=40), PageReservation)
     place.inbox.cancel("large", 1)
-    assert isinstance(place.reserve("next", tokens=600, outputs=40), PageReservation)
+    assert isinstance(place.reserve("next", tokens=600, outputs=40, gateway=other), PageReservation)
+
+
+def test_a_gateway_may_give_what_it_awaits_to_another_of_its_requests(place):
+    other = Wire("gateway-1")
+    place.inbox.await_pages(AwaitPages("large", 7), place.gateway)
+    assert isinstance(place.reserve("urgent", tokens=300, outputs=20), PageReservation)
+    assert isinstance(place.reserve("theirs", gateway=other), ReservationRefused), "large waits on"
+    place.inbox.await_pages(AwaitPages("middle", 5), place.gateway)
+    assert isinstance(place.reserve("theirs", gateway=other), PageReservation)
+
+
+def test_a_cancelled_request_has_no_pages_kept_for_it(place):
+    place.inbox.await_pages(AwaitPages("large", PAGES), place.gateway)
+    place.inbox.cancel("another", 1)
+    assert isinstance(place.reserve(gateway=Wire("gateway-1")), ReservationRefused)
+    assert not place.inbox.cancel("large", 0)
+    assert isinstance(place.reserve(gateway=Wire("gateway-1")), PageReservation)
 
 
 @pytest.mark.parametrize("end", ["time", "gateway gone"])
 def test_nothing_waits_for_one_who_asks_no_more(place, end):
     place.inbox.await_pages(AwaitPages("large", 10), place.gateway)
     place.now_s += LEASE_S / 2
-    assert isinstance(place.reserve(tokens=300), ReservationRefused)
+    other = Wire("gateway-1")
+    assert isinstance(place.reserve(tokens=300, gateway=other), ReservationRefused)
     if end == "time":
         place.now_s += 0.1
     else:
         place.inbox.await_pages(AwaitPages("large", 10), place.gateway)
-        place.inbox.cancel_of(Wire("gateway-1"))
-        assert isinstance(place.reserve(tokens=300), ReservationRefused)
+        place.inbox.cancel_of(other)
+        assert isinstance(place.reserve(tokens=300, gateway=other), ReservationRefused)
         place.inbox.cancel_of(place.gateway)
-    assert isinstance(place.reserve(tokens=300), PageReservation)
+    assert isinstance(place.reserve(tokens=300, gateway=other), PageReservation)
 
 
 def test_a_newer_generation_replaces_an_older_one(place):

@@ -1,11 +1,19 @@
-"""Two gateways at one decode node: a large request of one gets room among many small ones of the other."""
+"""Two gateways at one decode node: neither starves the other, or itself."""
 
 import itertools
 from collections.abc import Iterator
 
 import torch
 
-from cluster.events import NodeJoined, NodeSaid, RequestAdmitted, RoutedRequest, SayToNode, TimePassed
+from cluster.events import (
+    NodeJoined,
+    NodeSaid,
+    RequestAdmitted,
+    RequestCancelled,
+    RoutedRequest,
+    SayToNode,
+    TimePassed,
+)
 from cluster.route import Phase
 from cluster.router import Router
 from decode.inbox import Inbox
@@ -28,7 +36,7 @@ LASTS_S = 1.0
 
 
 class Rivals:
-    """Two routers and an inbox; reserved requests last a while, and small ones come on and on."""
+    """Two routers and an inbox; reserved requests last a while."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -68,15 +76,16 @@ class Rivals:
             case CancelRequest(request_id, generation):
                 self.inbox.cancel(request_id, generation)
 
-    def admit(self, gateway: str, name: str, pages_count: int) -> None:
+    def admit(self, gateway: str, name: str, pages_count: int, priority: int = 0) -> None:
         """One more request."""
         sampling = SamplingParameters(tokens_max=pages_count * PAGE_TOKENS - 1)
-        self.tell(gateway, RequestAdmitted(RoutedRequest(name, (5,), sampling, 0)))
+        self.tell(gateway, RequestAdmitted(RoutedRequest(name, (5,), sampling, priority)))
 
-    def tick(self) -> None:
-        """Time goes on: small requests come, and what has lasted long enough ends."""
+    def tick(self, crowds: bool = False) -> None:
+        """Time goes on: what has lasted long enough ends, and small requests come if it `crowds`."""
         self.now_s += TICK_S
-        self.admit("b", f"small-{next(self.numbers)}", 2)
+        if crowds:
+            self.admit("b", f"small-{next(self.numbers)}", 2)
         for end in [end for end in self.ends if end[0] <= self.now_s]:
             self.ends.remove(end)
             route = self.routers[end[1]].routes.get(end[2])
@@ -91,12 +100,39 @@ class Rivals:
 def test_a_large_request_gets_room_beside_another_gateways_small_ones():
     rivals = Rivals()
     for _ in range(20):
-        rivals.tick()
+        rivals.tick(crowds=True)
     rivals.admit("a", "large", 9)
     assert rivals.routers["a"].routes["large"].phase is Phase.WAITING
     for _ in range(int((LEASE_S / 3 + 2 * LASTS_S) / TICK_S) + 1):
-        rivals.tick()
+        rivals.tick(crowds=True)
     assert "large" not in rivals.routers["a"].routes, "it never had its turn"
     for _ in range(5):
-        rivals.tick()
+        rivals.tick(crowds=True)
     assert rivals.pool.pages_free_count == 0, "what it waited for is not kept any longer"
+
+
+def awaiting() -> Rivals:
+    """Rivals of whom one has 6 of 10 pages taken, and waits for 6."""
+    rivals = Rivals()
+    rivals.admit("a", "running", 6)
+    rivals.admit("a", "usual", 6)
+    rivals.tick()
+    assert rivals.inbox._awaiting[0] == AwaitPages("usual", 6)
+    return rivals
+
+
+def test_a_gateway_does_not_wait_for_pages_that_are_kept_for_itself():
+    rivals = awaiting()
+    rivals.admit("a", "urgent", 6, priority=1)
+    for _ in range(int(3 * LASTS_S / TICK_S) + 3):
+        rivals.tick()
+    assert list(rivals.routers["a"].routes) == []
+
+
+def test_a_node_hears_at_once_that_a_request_waits_no_more():
+    rivals = awaiting()
+    rivals.admit("b", "theirs", 4)
+    assert rivals.routers["b"].routes["theirs"].phase is Phase.WAITING
+    rivals.tell("a", RequestCancelled("usual"))
+    rivals.tick()
+    assert rivals.routers["b"].routes["theirs"].phase is Phase.PREFILLING
