@@ -1,5 +1,6 @@
 """The placement before anything is known of the load: pure functions from the shards there are to a table."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from experts.messages import Homes, Placement, ShardAddress
@@ -38,6 +39,28 @@ def _filled_layer(
             home = tuple(sorted((*home, fewest)))
         filled_homes.append(home)
     return tuple(filled_homes)
+
+
+def housed(homes: Homes, able: Sequence[int]) -> Homes:
+    """The same homes, and one on an able shard for each expert that has none; replicas make room for it."""
+    return tuple(_housed_layer(layer, able) for layer in homes)
+
+
+def _housed_layer(layer: tuple[tuple[int, ...], ...], able: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    held = Counter(shard for home in layer for shard in home)
+    room = max(held.values(), default=0)
+    housed_homes = []
+    for home in layer:
+        if not home:
+            home = (min(able, key=lambda shard: (held[shard], shard)),)
+            held[home[0]] += 1
+        housed_homes.append(home)
+    for expert, home in enumerate(housed_homes):
+        over = [shard for shard in home if held[shard] > room]
+        for shard in over[: len(home) - 1]:
+            held[shard] -= 1
+            housed_homes[expert] = tuple(other for other in housed_homes[expert] if other != shard)
+    return tuple(housed_homes)
 
 
 def even_placement(

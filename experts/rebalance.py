@@ -7,7 +7,7 @@ such steps, each of which loads few bytes and leaves every expert with a home.
 
 from collections import deque
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from experts.errors import ExpertsMoving
 from experts.homes import check_homes, homes_among, moves_between, steps_between, with_homes
 from experts.load import RecentLoad
 from experts.messages import Homes, Placement, ShardAddress
+from experts.placement import housed
 from experts.report import ExpertsReport
 
 SLOTS_MIN = 1000  # of load, before anything is concluded from it,
@@ -242,16 +243,16 @@ class Rebalance:
         return {self.in_force.shards[shard].name for shard in homes}
 
     def _homes_without(self, stuck: set[str]) -> Homes:
-        """What is in force, on the shards there are; others than `stuck` take what has no home left."""
+        """What is in force, on the shards there are; others than `stuck` take what has no home left.
+
+        Nothing moves for balance: a shard would hold what it was given, and still what was to go elsewhere.
+        """
         shards = self.placement.shards
         kept = homes_among(self.in_force, shards)
-        able = tuple(shard for shard in shards if shard.name not in stuck)
-        if all(all(layer) for layer in kept):
-            return kept
-        if not able:
-            return self.placement.homes
-        homes = self.solve(self.load.shares(), able, homes_among(self.in_force, able))
-        return with_homes(kept, homes_among(replace(self.placement, shards=able, homes=homes), shards))
+        able = [index for index, shard in enumerate(shards) if shard.name not in stuck]
+        if able or all(map(all, kept)):
+            return housed(kept, able)
+        return self.placement.homes
 
     def _consider(self, now_s: float) -> None:
         """Judge the last rebalance, then see whether another is worth it."""

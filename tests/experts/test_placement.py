@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.messages import ShardAddress
-from experts.placement import even_homes, even_placement, filled
+from experts.placement import even_homes, even_placement, filled, housed
 
 
 def addresses(count: int) -> list[ShardAddress]:
@@ -52,6 +52,14 @@ def test_too_few_or_too_many_shards_are_refused(shards_count):
 def test_who_has_no_home_gets_one_where_fewest_are():
     assert filled((((0,), (), (), (1,)),), 3, 1) == (((0,), (2,), (0,), (1,)),)
     assert filled((((0,), (0, 1)),), 3, 2) == (((0, 2), (0, 1)),)
+
+
+def test_who_has_no_home_left_gets_one_on_an_able_shard_and_replicas_make_room():
+    assert housed((((1,), (), (1,), ()),), [0, 2]) == (((1,), (0,), (1,), (2,)),)
+    full = ((0, 1), (0, 2), (1, 2), ())
+    assert housed((full,), [0, 2]) == (((1,), (0, 2), (1, 2), (0,)),)
+    assert housed((((0,), ()),), [0]) == (((0,), (0,)),), "better too many than none"
+    assert housed((full[:3],), []) == (full[:3],)
 
 
 @given(shards_count=st.integers(1, 9), experts_count=st.integers(1, 40), replicas_count=st.integers(1, 9))

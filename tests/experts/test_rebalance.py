@@ -1,5 +1,6 @@
 """Experts move in steps of which each leaves every expert a home, when it pays, and back when it did not."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -34,12 +35,13 @@ class Group:
     """Shards and nodes that do what a rebalance asks, one beat after the other."""
 
     def __init__(self, names: str = "ab", layers_count: int = 2, experts_count: int = 8, **config):
-        plan = PlanConfig(config.pop("replicas_min", 1), config.pop("spare_replicas", 0))
+        slots_max = config.pop("slots_max", 1 << 20)
+        plan = PlanConfig(config.pop("replicas_min", 1), config.pop("spare_replicas", 0), slots_max)
         planner = Planner(plan, layers_count, experts_count, 1)
         planner.is_ready = True
         load = RecentLoad(layers_count, experts_count, 60.0, 5.0)
         self.rebalance = Rebalance(RebalanceConfig(**config), load, EXPERT_BYTES, planner)
-        self.totals = {name: np.zeros((layers_count, experts_count), np.int64) for name in "abcdefgh"}
+        self.totals = {name: np.zeros((layers_count, experts_count), np.int64) for name in "abcdefghij"}
         self.epochs: dict[str, int] = {}
         self.nodes_epoch = 0
         self.loaded_max = 0  # replicas that one step had loaded
@@ -338,6 +340,28 @@ def test_what_a_full_shard_cannot_take_over_goes_to_another():
     in_force = group.rebalance.in_force
     assert in_force.experts_of("b") == before.experts_of("b") and not group.rebalance.is_stalled
     assert set(in_force.experts_of("a")) >= set(before.experts_of("c")) and not group.rebalance.laggards
+
+
+@pytest.mark.parametrize(("slots_max", "spare_replicas"), [(7, 0), (9, 0), (9, 30)])
+def test_after_a_death_and_a_failure_to_load_nobody_holds_more_than_there_is_room_for(
+    slots_max, spare_replicas
+):
+    """The able shards alone have too little room for all experts, or just enough to shift them about."""
+    names = "abcdefghij"
+    group = Group(names, 2, 60, stall_s=5.0, slots_max=slots_max, spare_replicas=spare_replicas)
+    tokens = np.array([range(0, 1200, 20)] * 2) ** 2
+    group.turn(80, tokens)
+    before = group.rebalance.in_force
+    assert group.rebalance.rebalances_count and not group.rebalance.is_moving
+    group.full = {"b"}
+    group.rebalance.go_on_with(addresses(names.replace("a", "")), 0, group.now_s)
+    homes = tuple(tuple(sorted({0, *home})) for home in group.rebalance.placement.homes[0])
+    group.rebalance.placement = replace(group.rebalance.placement, homes=(homes, homes))  # much is asked of b
+    group.turn(14, tokens[:, ::-1] * 100)  # by which a plan would move much
+    in_force = group.rebalance.in_force
+    assert len(in_force.shards) == 9 and in_force.experts_of("b") == before.experts_of("b")
+    held = [Counter(shard for home in layer for shard in home) for layer in in_force.homes]
+    assert max(max(layer.values()) for layer in held) <= slots_max
 
 
 def test_who_gets_on_is_slow_and_who_fails_at_the_same_place_is_stuck():
