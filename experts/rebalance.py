@@ -22,6 +22,7 @@ from experts.report import ExpertsReport
 SLOTS_MIN = 1000  # of load, before anything is concluded from it,
 SLOTS_PER_SHARD_MIN = 50  # and so many for each layer and shard: the fullest of many looks full by chance
 PAUSE_MAX_S = 3600.0
+LATE_STALLS = 10  # times stall_s, after which a shard that could not load is given something again
 Solve = Callable[[np.ndarray, tuple[ShardAddress, ...], Homes], Homes]
 """(load [layers, experts], shards, homes in force, which may be none for an expert) to new homes."""
 
@@ -89,7 +90,8 @@ class Rebalance:
         self._pause_s = config.pause_s
         self._trial: Trial | None = None
         self._slots: dict[str, np.ndarray] = {}
-        self._late_epochs: dict[str, int] = {}
+        self._late: dict[str, tuple[int, float]] = {}
+        """What a shard could not load, and when that was seen."""
         self._progress: dict[str, tuple[int, float]] = {}
         self._progress_s: dict[str, float] = {}
         self._bytes_per_s: float | None = None
@@ -101,8 +103,8 @@ class Rebalance:
 
     @property
     def laggards(self) -> Set[str]:
-        """Shards that hold nothing in force, and could not load what they were given: until they have."""
-        return self._late_epochs.keys()
+        """Shards that hold nothing in force, and could not load what they were given: until they have, or for a while."""
+        return self._late.keys()
 
     def observe(self, shard: str, totals: tuple[tuple[int, ...], ...], now_s: float) -> None:
         """Take the load that a shard reports, in slots since it began."""
@@ -123,7 +125,7 @@ class Rebalance:
         self.load.leave(shard)
         if self._slots.pop(shard, None) is not None:
             self._trial = None  # the shards are not those that it was begun with
-        for known in (self._progress, self._progress_s, self._late_epochs):
+        for known in (self._progress, self._progress_s, self._late):
             known.pop(shard, None)
 
     def begin(self, placement: Placement, now_s: float) -> None:
@@ -184,8 +186,11 @@ class Rebalance:
         """Go on as far as shards (by name) and nodes have come: `nodes_epoch` is that of the last of them."""
         if self.placement is None:
             return
-        self._late_epochs = {
-            name: late for name, late in self._late_epochs.items() if epochs.get(name) != late
+        since_s = now_s - LATE_STALLS * self.config.stall_s
+        self._late = {
+            name: (epoch, late_s)
+            for name, (epoch, late_s) in self._late.items()
+            if epochs.get(name) != epoch and late_s > since_s
         }
         if self.placement is not self.in_force:
             if all(epochs.get(shard.name) == self.placement.epoch for shard in self.placement.shards):
@@ -224,7 +229,7 @@ class Rebalance:
 
     def _give_up(self, stuck: set[str], now_s: float) -> None:
         """Some shard does not load: raise the alarm, and go back to what works as far as it is there."""
-        self._late_epochs |= dict.fromkeys(stuck - self._serving(), self.placement.epoch)
+        self._late |= dict.fromkeys(stuck - self._serving(), (self.placement.epoch, now_s))
         self.stalls_count += 1
         self.is_stalled = True
         self._steps.clear()

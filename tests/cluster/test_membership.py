@@ -297,6 +297,17 @@ def test_a_newcomer_that_never_loads_holds_nobody_up(town):
     assert names(turn_without_c(16).placement_in_force) == ["a"]
 
 
+def test_a_newcomer_that_failed_once_is_given_something_again(town):
+    town.add(shard("c"))
+    beats_count = int(RebalanceConfig().stall_s / BEAT_S)
+    for _ in range(beats_count + 12):
+        town.turn()
+        town.members["c"] = shard("c")
+    view = town.turn(20)  # its disk is mended; it goes by placements that give it nothing
+    assert names(view.placement) == ["a", "b"] and town.members["c"].report.epoch == view.placement.epoch
+    assert names(town.turn(10 * beats_count).placement_in_force) == ["a", "b", "c"]
+
+
 def test_slow_loaders_are_waited_for_at_the_first_start():
     town = Town(expected_count=8)
     durations_s = {f"s{turn}": 110.0 + 20 * turn / 7 for turn in range(8)}

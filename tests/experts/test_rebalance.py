@@ -325,7 +325,7 @@ def test_a_newcomer_that_took_nothing_and_then_cannot_load_serves_nobody():
     group.turn(20)
     assert group.rebalance.laggards == {"c"} and group.rebalance.stalls_count == 2
     assert group.rebalance._serving() == {"a"}, "what had no home is served without waiting for a newcomer"
-    epochs = group.epochs | group.rebalance._late_epochs
+    epochs = group.epochs | {name: epoch for name, (epoch, _) in group.rebalance._late.items()}
     group.rebalance.advance(epochs, group.nodes_epoch, group.now_s)
     assert not group.rebalance.laggards, "it has loaded what it was late for"
 
