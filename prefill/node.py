@@ -269,6 +269,8 @@ class PrefillNode:
             problem = request.problem(self.cache.pool.pages_count, self._model.vocab_size)
             if problem is not None:
                 self._fail(request, "invalid_prompt", problem, retryable=False)
+            elif not request.has_address:
+                self._fail(request, "decode_unreachable", UNREACHABLE, retryable=True)
         for request in held:
             if request.gateway in gone or ended.get(request.asked.request_id, -1) >= request.asked.generation:
                 self._drop(request)

@@ -66,6 +66,15 @@ class PrefillRequest:
         """Whether the cached latents of all layers, which are queued in order, are on their way."""
         return not self.queued_counts or self.queued_counts[-1] >= self.cached_tokens_count
 
+    @property
+    def has_address(self) -> bool:
+        """Whether it says where latents go in words that are understood here."""
+        try:
+            is_between_devices(self.asked.decode_address)
+        except AddressInvalid:
+            return False
+        return True
+
     def problem(self, pages_count: int, vocab_size: int) -> str | None:
         """Why it can never be computed on a node: tried nevertheless, it would spoil the step of others."""
         token_ids = self.asked.token_ids
@@ -75,10 +84,6 @@ class PrefillRequest:
             return f"the prompt has {len(token_ids)} tokens, more than the {pages_count} pages here hold"
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             return f"the prompt holds token ids outside 0 to {vocab_size - 1}"
-        try:
-            is_between_devices(self.asked.decode_address)
-        except AddressInvalid as error:
-            return f"its decode node cannot be reached: {error}"
         return None
 
     def sample_row(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> SampleRow:

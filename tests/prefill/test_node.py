@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from decode.messages import DOWN as DECODE_DOWN
-from decode.messages import LENGTH, STOP, CancelRequest, LatentsReceived, PageReservation, TokenChunks
+from decode.messages import (
+    LENGTH,
+    STOP,
+    CancelRequest,
+    LatentsReceived,
+    PageReservation,
+    RequestFailed,
+    TokenChunks,
+)
 from decode.messages import UP as DECODE_UP
 from experts.errors import ExpertsUnavailable
 from experts.local import LocalExperts
@@ -173,23 +181,32 @@ def test_prompts_wait_for_pages_by_priority(make_stage):
 
 
 BAD_PROMPTS = {
-    "no token": ([], None),
-    "a token beyond the vocabulary": ([5, 512], None),
-    "a negative token": ([5, -1], None),
-    "more than all pages hold": ([5] * (24 * 64 + 1), None),
-    "no address of a decode node": ([5] * 200, "carrier-pigeon://roof"),
+    "no token": [],
+    "a token beyond the vocabulary": [5, 512],
+    "a negative token": [5, -1],
+    "more than all pages hold": [5] * (24 * 64 + 1),
 }
 
 
-@pytest.mark.parametrize(("bad", "address"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
-def test_a_prompt_that_can_never_be_computed_is_refused_and_spoils_nobodys_step(stage, bad, address):
+def ask_badly(stage, bad, address):
     stage.gateway.ask("good", prompt(200))
-    address = address or stage.decode.endpoint.address
     DOWN.send(stage.gateway.prefill, PrefillPrompt("bad", 1, tuple(bad), len(bad), GREEDY, address))
     stage.settle()
-    assert stage.gateway.failures() == [("bad", "invalid_prompt", False)]
     assert len(stage.gateway.tokens("good")) == GREEDY.tokens_max
     stage.assert_all_free()
+
+
+@pytest.mark.parametrize("bad", BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_a_prompt_that_can_never_be_computed_is_refused_and_spoils_nobodys_step(stage, bad):
+    ask_badly(stage, bad, stage.decode.endpoint.address)
+    assert stage.gateway.failures() == [("bad", "invalid_prompt", False)]
+
+
+def test_a_wrong_address_is_not_the_prompts_fault_nor_told_to_its_client(stage):
+    ask_badly(stage, [5] * 200, "carrier-pigeon://roof")
+    assert stage.gateway.failures() == [("bad", "decode_unreachable", True)]
+    [failed] = stage.gateway.heard(RequestFailed)
+    assert "roof" not in failed.message
 
 
 def test_latents_that_are_no_numbers_fail_their_prompt_alone_and_are_not_shared(make_stage):
