@@ -26,7 +26,7 @@ class DecodeBatcher:
 
     @property
     def requests_running_count(self) -> int:
-        """Requests in the next step, but for those that step alone."""
+        """Requests that have a place, whether the next step is for all of them or for one alone."""
         return len(self._running)
 
     def admit(self, requests: Iterable[DecodeRequest]) -> None:

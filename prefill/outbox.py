@@ -31,8 +31,10 @@ CONNECT_TIMEOUT_S = 2.0
 SHUNNED_S = 5.0  # for so long nothing is sent to an address where nobody answered, or took anything
 UNSENT_BYTES_MAX = 128 << 20  # on one channel, before its line waits for the decode node
 UNSENT_TIMEOUT_S = 10.0  # for a decode node to take anything at all, once its line waits
-QUEUED_BYTES_MAX = 1 << 30  # of all parcels; decode nodes that something waits for have equal shares of it
 LOOK_S = 0.005  # between two looks at channels that are full
+# Decode nodes that something waits for have equal shares of it, and lines that reached theirs take no more.
+# One that filled while there were fewer keeps what it has: together they may hold more for a while.
+QUEUED_BYTES_MAX = 1 << 30
 HOST = torch.device("cpu")
 
 

@@ -19,7 +19,7 @@ class PagesExhausted(RuntimeError):
 
 
 class PagesLost(RuntimeError):
-    """The ledger does not balance: a page was leaked or returned twice."""
+    """The ledger does not balance, a page leaked or returned twice; or another GPU keeps too many pages."""
 
 
 def pages_for(tokens_count: int) -> int:
