@@ -103,7 +103,10 @@ class Rebalance:
 
     @property
     def laggards(self) -> Set[str]:
-        """Shards that hold nothing in force, and could not load what they were given: until they have, or for a while."""
+        """Shards that hold nothing in force, and could not load what they were given.
+
+        They are so until they have, or for LATE_STALLS times stall_s.
+        """
         return self._late.keys()
 
     def observe(self, shard: str, totals: tuple[tuple[int, ...], ...], now_s: float) -> None:
