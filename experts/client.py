@@ -43,6 +43,7 @@ DOWN_MAX_S = 60.0
 BEHIND_S = 0.5  # one that refused is passed over so long: most likely it, or this node, is a placement behind
 SHARDS_MAX = 1 << 16
 CONNECT_TIMEOUT_S = 2.0
+JOIN_S = 10.0  # in which GPUs that are joined are not silent; a join that hangs must not cost the whole call
 ANSWER_BYTES_MAX = FrameLimits().payload_bytes_max
 
 
@@ -280,16 +281,16 @@ class RemoteExperts:
     def _patience(self, part: Part, call: Call) -> Iterator[float]:
         """Seconds to wait for a shard; ends quietly, to wait again, while nobody else could answer.
 
-        So it does where GPUs were joined meanwhile: a shard is silent only from then on.
+        So it does where GPUs were joined meanwhile, in their first JOIN_S: a shard is silent only from then on.
         """
         begin_s = time.monotonic()
         left_s = max(call.end_s - begin_s, 0)
         try:
             yield min(self.config.silence_s * 2**call.silences_count, left_s)
         except ChannelTimeout:
-            down = {part.address, *self._down()}
-            if time.monotonic() < call.end_s:
-                joins = part.channel.joined_s > begin_s
+            down, now_s = {part.address, *self._down()}, time.monotonic()
+            if now_s < call.end_s:
+                joins = part.channel.joined_s > begin_s and now_s < part.channel.began_s + JOIN_S
                 if joins or not self._route.has_others(call.layer, part.share.experts, down):
                     return
                 call.silences_count += 1

@@ -5,12 +5,13 @@ import time
 import pytest
 import torch
 
+from experts import client
 from experts.client import RemoteExperts
 from experts.config import DispatchConfig
 from kernels.transport.connect import LINKS
 from tests.experts.dispatches import SECRET, drawn_tokens, placed
 from tests.experts.test_client import replicated
-from tests.kernels.transport.stand_in_link import StandInLink
+from tests.kernels.transport.stand_in_link import Behaviour, StandInLink
 
 SILENCE_S = 0.2
 
@@ -71,6 +72,29 @@ def test_a_shard_whose_gpu_is_being_joined_is_not_silent(shard_at, local, monkey
     first = dict(plug._channels)
     assert torch.equal(call.combine(), local.dispatch(1, *tokens).combine())
     assert plug.retries_count == 0 and plug._channels == first
+    plug.close()
+
+
+def test_a_join_that_hangs_costs_silence_and_not_the_call(shard_at, local, monkeypatch):
+    """Of two shards that hold everything, one never comes to the end of joining its GPU."""
+    behaviour = Behaviour(opening_hangs=True)
+    monkeypatch.setitem(LINKS, "nccl", StandInLink)
+    monkeypatch.setattr(StandInLink, "joints", {})
+    monkeypatch.setattr(client, "JOIN_S", SILENCE_S)
+    shards = {name: shard_at(name, "nccl://127.0.0.1:0") for name in "ab"}
+    placement = replicated({name: shard.address for name, shard in shards.items()})
+    for shard in shards.values():
+        shard.adopt(placement)
+        shard.start()
+    plug = RemoteExperts(DispatchConfig("node", SECRET, timeout_s=4.0, silence_s=SILENCE_S))
+    plug.adopt(placement)
+    links = iter([StandInLink(behaviour)])  # and then others
+    monkeypatch.setitem(LINKS, "nccl", lambda: next(links, None) or StandInLink())
+    tokens = drawn_tokens(8)
+    begin_s = time.monotonic()
+    assert torch.equal(plug.dispatch(1, *tokens).combine(), local.dispatch(1, *tokens).combine())
+    assert plug.retries_count and time.monotonic() - begin_s < 2.0
+    behaviour.opening_hangs = False
     plug.close()
 
 
