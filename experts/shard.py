@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -119,7 +119,7 @@ class ExpertShard:
         """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread.
 
         What shards called `alive`, also those that are to leave, hold by the placement `in_force` comes from
-        them, the rest from the checkpoint.
+        them, the rest from the checkpoint. Progress is in experts, wherever they come from.
         """
         before = self._holding
         if placement.epoch <= before.epoch:
@@ -148,10 +148,18 @@ class ExpertShard:
         on_progress: ProgressCallback | None,
     ) -> ExpertWeights:
         """Experts on this shard's device, from siblings that give them, the rest from the checkpoint."""
-        held = self._fetched(sources) if sources else {}
-        missing = [expert for expert in missing if expert not in held]
+
+        def tell(loaded_count: int) -> None:
+            if on_progress is not None:
+                on_progress(loaded_count, len(missing))
+
+        held = self._fetched(sources, tell) if sources else {}
+        rest = [expert for expert in missing if expert not in held]
         where = (self._device, self._format.is_fp8)
-        return held | load_experts(self._checkpoint, missing, self._dtype, on_progress, *where)
+        loaded = load_experts(
+            self._checkpoint, rest, self._dtype, lambda count, _: tell(len(held) + count), *where
+        )
+        return held | loaded
 
     def _compile_for(self, experts: Sequence[GatedWeights]) -> None:
         """Compile before any node waits: that takes as long as a shard may be silent."""
@@ -167,10 +175,12 @@ class ExpertShard:
             for part in weights.plain():
                 part.record_stream(torch.cuda.current_stream(self._device))
 
-    def _fetched(self, sources: dict[tuple[int, int], list[str]]) -> ExpertWeights:
+    def _fetched(
+        self, sources: dict[tuple[int, int], list[str]], on_fetched: Callable[[int], None]
+    ) -> ExpertWeights:
         siblings = Siblings(self.config, self._format, self._device)
         try:
-            held = siblings.fetch(sources)
+            held = siblings.fetch(sources, on_fetched)
         finally:
             siblings.close()
         self._fetched_count += len(held)

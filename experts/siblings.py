@@ -91,14 +91,20 @@ class Siblings:
         self._channels: dict[str, StreamChannel | None] = {}
         self._fetch_ids = itertools.count(1)
 
-    def fetch(self, sources: Mapping[tuple[int, int], Sequence[str]]) -> ExpertWeights:
-        """What siblings give of some (layer, expert) pairs, each asked for at its addresses; maybe less."""
+    def fetch(
+        self, sources: Mapping[tuple[int, int], Sequence[str]], on_fetched: Callable[[int], None]
+    ) -> ExpertWeights:
+        """What siblings give of some (layer, expert) pairs, each asked for at its addresses; maybe less.
+
+        `on_fetched` is told after each how many there are.
+        """
         held: ExpertWeights = {}
         for turn, (pair, addresses) in enumerate(sources.items()):
             for place in range(len(addresses)):
                 weights = self._ask(addresses[(turn + place) % len(addresses)], *pair)
                 if weights is not None:
                     held[pair] = weights
+                    on_fetched(len(held))
                     break
         return held
 

@@ -46,17 +46,18 @@ def load_experts(
 ) -> ExpertWeights:
     """Weights of (layer, expert) pairs on a device, all of one format; raises CheckpointError.
 
-    They are in `dtype`, or stay FP8 if that is kept and possible. Progress is in layers.
+    They are in `dtype`, or stay FP8 if that is kept and possible. Progress is in experts.
     """
     expert_format = ExpertFormat.of(checkpoint.config, dtype, keeps_fp8)
     by_layer: dict[int, list[int]] = {}
     for layer, expert in experts:
         by_layer.setdefault(layer, []).append(expert)
     held: ExpertWeights = {}
-    for done, (layer, wanted) in enumerate(by_layer.items(), 1):
+    total_count = sum(map(len, by_layer.values()))
+    for layer, wanted in by_layer.items():
         held |= _load_layer(checkpoint, layer, wanted, expert_format, device)
         if on_progress is not None:
-            on_progress(done, len(by_layer))
+            on_progress(len(held), total_count)
     return held
 
 

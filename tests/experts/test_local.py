@@ -49,7 +49,7 @@ def test_weights_load_by_layer_and_say_so(checkpoint):
     held = load_experts(
         checkpoint, every_expert(checkpoint), torch.bfloat16, lambda *done: progress.append(done)
     )
-    assert len(held) == 2 * EXPERTS and progress == [(1, 2), (2, 2)]
+    assert len(held) == 2 * EXPERTS and progress == [(EXPERTS, 2 * EXPERTS), (2 * EXPERTS, 2 * EXPERTS)]
     assert all(weights.gate_up.dtype == weights.down.dtype == torch.bfloat16 for weights in held.values())
     with pytest.raises(ValueError, match="layer 0, expert 3"):
         load_experts(checkpoint, [(0, 3)], torch.float32)

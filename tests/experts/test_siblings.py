@@ -77,6 +77,18 @@ def test_what_a_sibling_does_not_hold_comes_from_the_checkpoint(old, shard_at):
     assert new.report().experts_count == LAYERS * EXPERTS // 2
 
 
+def test_what_comes_from_siblings_and_from_the_checkpoint_is_one_progress(old, shard_at):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    in_force, placement = grown(holder, new)
+    wanted = placement.experts_of("new")
+    for pair in wanted[:3]:
+        del holder._holding.experts[pair]
+    told: list[tuple[int, int]] = []
+    new.adopt(placement, lambda *done: told.append(done), in_force, {"old", "new"})
+    count = len(wanted)
+    assert told == [(done, count) for done in [*range(1, count - 2), count]]
+
+
 def test_a_dead_sibling_is_not_waited_for_again_and_again(old, shard_at):
     holder, new = old(torch.float32), shard_at("new", memory_address())
     in_force, placement = grown(holder, new)
