@@ -281,7 +281,7 @@ class RemoteExperts:
     def _patience(self, part: Part, call: Call) -> Iterator[float]:
         """Seconds to wait for a shard; ends quietly, to wait again, while nobody else could answer.
 
-        So it does where GPUs were joined meanwhile, in their first JOIN_S: a shard is silent only from then on.
+        So it does where GPUs are joined meanwhile, for JOIN_S: a shard is silent only from then on.
         """
         begin_s = time.monotonic()
         left_s = max(call.end_s - begin_s, 0)
