@@ -124,7 +124,9 @@ class DecodeNode:
             logger.exception("%s: a step of %d requests failed", self.config.name, len(batch))
             self._seek_guilty(batch)
             return len(batch)
-        if len(failed) < len(batch) == self.batcher.requests_running_count:
+        if len(failed) == len(batch):
+            self._note_failure(batch)
+        elif len(batch) == self.batcher.requests_running_count:
             self._watch.succeeded()  # some alone, while others are suspected, prove nothing
         self._finish(batch, samples, failed)
         self.busy_s += time.perf_counter() - begin_s
@@ -337,8 +339,11 @@ class DecodeNode:
         self._release(ended)
         for gateway, some in chunks.items():
             self._tell(gateway, TokenChunks(tuple(some)))
-        for row, reason in failed.items():
-            self._fail([batch[row]], "no_next_token", reason, retryable=False)
+        if len(failed) == len(batch) > 1:  # hardly by the fault of each
+            self._fail(batch, "internal", FAILED, retryable=True)
+        else:
+            for row, reason in failed.items():
+                self._fail([batch[row]], "no_next_token", reason, retryable=False)
 
     def _next_chunk(self, request: DecodeRequest, samples: Samples, row: int) -> TokenChunk:
         asked, token_id, index = request.asked, samples.token_ids[row], request.outputs_count
@@ -348,23 +353,12 @@ class DecodeNode:
         logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
         return TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
 
-    def _note(self, request: DecodeRequest) -> None:
-        """Put a request's decoding into its trace."""
-        asked = request.asked
-        numbers = {
-            "trivium.generation": asked.generation,
-            "trivium.tokens_count": len(request.token_ids) - len(asked.token_ids),
-        }
-        self.spans.record(
-            "decode", asked.traceparent, request.begun_s, self._clock(), request.place, **numbers
-        )
-
     def _release(self, requests: Iterable[DecodeRequest]) -> None:
         requests = list(requests)
         self.batcher.remove(requests)
         for request in requests:
             self.inbox.release(request)
-            self._note(request)
+            request.note(self.spans, self._clock())
 
     def _fail(self, requests: Sequence[DecodeRequest], reason: str, message: str, retryable: bool) -> None:
         self._release(requests)

@@ -8,7 +8,7 @@ from decode.messages import ReservePages
 from kernels.model.pages import PAGE_TOKENS
 from kernels.ops.sample import SampleRow
 from kernels.transport.channel import Channel
-from kernels.transport.spans import UNTRACED, place_under
+from kernels.transport.spans import UNTRACED, SpanLog, place_under
 
 
 @dataclass(eq=False, slots=True)
@@ -86,3 +86,11 @@ class DecodeRequest:
         self.token_ids.append(token_id)
         if self.output_counts is not None:
             self.output_counts[token_id] += 1
+
+    def note(self, spans: SpanLog, now_s: float) -> None:
+        """Put its decoding, which ends now, into its trace."""
+        numbers = {
+            "trivium.generation": self.asked.generation,
+            "trivium.tokens_count": len(self.token_ids) - len(self.asked.token_ids),
+        }
+        spans.record("decode", self.asked.traceparent, self.begun_s, now_s, self.place, **numbers)

@@ -295,6 +295,52 @@ def test_a_node_that_fails_whatever_comes_leaves_so_that_all_see_it(stage, monke
         DOWN.send(stage.gateway.decode, AskReport())
 
 
+def complete(stage: Stage, monkeypatch, *names: str, sampling=GREEDY) -> None:
+    """Ask for requests, and wait until all that their first steps need is here."""
+    with monkeypatch.context() as paused:
+        paused.setattr(stage.decode, "step", lambda: 0)
+        for name in names:
+            stage.gateway.ask(name, prompt(70), sampling)
+        stage.settle()
+
+
+@pytest.mark.parametrize("names", ["ab", "a"])
+def test_a_node_without_numbers_leaves_and_blames_no_requests_that_step_together(stage, monkeypatch, names):
+    run = stage.decode.decode_step.run
+    monkeypatch.setattr(stage.decode.decode_step, "run", lambda batch: run(batch) * float("nan"))
+    for number in range(5):
+        complete(stage, monkeypatch, *(f"{name}{number}" for name in names))
+        stage.decode._turn()
+        stage.now_s += 2.5
+    complete(stage, monkeypatch, *names)
+    with pytest.raises(StepsFail):  # which makes its thread close the node
+        stage.decode._turn()
+    stage.settle()
+    told, left = stage.gateway.failures(), [(name, "internal", True) for name in names]
+    blamed = ("internal", True) if len(names) > 1 else ("no_next_token", False)
+    assert {failure[1:] for failure in told[: -len(names)]} == {blamed}
+    assert told[-len(names) :] == left and len(told) == 6 * len(names)
+
+
+def test_a_node_whose_every_common_step_fails_leaves_though_requests_alone_do_not(stage, monkeypatch):
+    run = stage.decode.decode_step.run
+
+    def alone(batch):
+        if len(batch) > 1:
+            raise ZeroDivisionError
+        stage.now_s += 1.5
+        batch[0].lease_end_s = stage.now_s + 10.0
+        return run(batch)
+
+    monkeypatch.setattr(stage.decode.decode_step, "run", alone)
+    complete(stage, monkeypatch, "a", "b", sampling=replace(GREEDY, tokens_max=30))
+    with pytest.raises(StepsFail):
+        for _ in range(50):
+            stage.decode._turn()
+    stage.settle()
+    assert sorted(stage.gateway.failures()) == [("a", "internal", True), ("b", "internal", True)]
+
+
 def until_failed(stage: Stage, count: int) -> None:
     """Turn all but the decode node, which has its own threads, until so many requests have failed."""
     stage.gone.append(stage.decode)
