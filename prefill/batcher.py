@@ -34,6 +34,11 @@ class PrefillBatcher:
         return len(self._running)
 
     @property
+    def has_suspects(self) -> bool:
+        """Whether prompts are still to step alone."""
+        return bool(self._suspects)
+
+    @property
     def tokens_waiting_count(self) -> int:
         """Tokens still to be computed, of all prompts."""
         return sum(request.tokens_left_count for request in self.everyone())

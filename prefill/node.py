@@ -104,13 +104,15 @@ class PrefillNode:
         self._take_events()
         self._begin_waiting()
         queued_count = sum(map(self._queue_cached, self.batcher.everyone()))
+        is_common = not self.batcher.has_suspects
         chunks = self.batcher.next_batch(self._may_go)
         if not chunks:
             return queued_count
         begin_s = time.perf_counter()
         places = (chunk.request.place for chunk in chunks)
         self.trace_dispatches(next(filter(None, places), UNTRACED))
-        complete = [chunk.request for chunk in chunks if chunk.is_last]
+        last = [chunk for chunk in chunks if chunk.is_last]
+        complete = [chunk.request for chunk in last]
         try:
             logits = self.prefill_step.run(chunks, self._queue_computed)
             samples, failed = self._sample(complete, logits)
@@ -122,8 +124,11 @@ class PrefillNode:
             logger.exception("%s: a step of %d prompts failed", self.config.name, len(chunks))
             self._seek_guilty(chunks)
             return len(chunks)
-        if len(failed) < len(chunks):
-            self._watch.succeeded()
+        if len(failed) < len(complete):
+            if is_common:
+                self._watch.succeeded()  # some alone, while others are suspected, prove nothing
+        elif complete:  # without any, nobody has looked whether there are numbers
+            self._note_failure(last)
         self.tokens_count += sum(chunk.tokens_count for chunk in chunks)
         self.steps_count += 1
         self._finish(complete, samples, failed)
@@ -336,7 +341,10 @@ class PrefillNode:
         for row, request in enumerate(complete):
             request.computed_s = self._clock()
             if row in failed:  # its pages may hold no numbers either: nobody is to find them
-                self._fail(request, "no_next_token", failed[row], retryable=False)
+                if len(failed) == len(complete) > 1:  # hardly by the fault of each
+                    self._fail(request, "internal", FAILED, retryable=True)
+                else:
+                    self._fail(request, "no_next_token", failed[row], retryable=False)
                 continue
             self.prefix.remember(request)
             self.prefix.end(request)

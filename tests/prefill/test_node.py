@@ -339,6 +339,62 @@ def test_a_node_that_fails_whatever_comes_leaves_so_that_all_see_it(stage, monke
         DOWN.send(stage.gateway.prefill, CancelRequest("r0", 1))
 
 
+def arrive(stage: Stage, monkeypatch, *names: str, sampling=GREEDY, tokens_count: int = 20) -> None:
+    """Ask for requests, and wait until prefill has all their prompts, and has begun none."""
+    with monkeypatch.context() as paused:
+        paused.setattr(stage.prefill, "step", lambda: 0)
+        for name in names:
+            stage.gateway.ask(name, prompt(tokens_count), sampling)
+        stage.settle()
+
+
+@pytest.mark.parametrize("names", ["ab", "a"])
+def test_a_node_without_numbers_leaves_and_blames_no_prompts_that_step_together(stage, monkeypatch, names):
+    run = stage.prefill.prefill_step.run
+    monkeypatch.setattr(stage.prefill.prefill_step, "run", lambda *asked: run(*asked) * float("nan"))
+    for number in range(5):
+        arrive(stage, monkeypatch, *(f"{name}{number}" for name in names))
+        stage.prefill._turn()
+        stage.now_s += 2.5
+    arrive(stage, monkeypatch, *names)
+    with pytest.raises(StepsFail):  # which makes its thread close the node
+        stage.prefill._turn()
+    stage.settle()
+    told, left = stage.gateway.failures(), [(name, "internal", True) for name in names]
+    blamed = ("internal", True) if len(names) > 1 else ("no_next_token", False)
+    assert {failure[1:] for failure in told[: -len(names)]} == {blamed}
+    assert told[-len(names) :] == left and len(told) == 6 * len(names)
+
+
+def test_chunks_of_which_none_is_a_prompts_last_do_not_clear_a_node(make_stage, monkeypatch):
+    stage = make_stage(step_tokens_max=64)
+    stage.prefill._watch.failed("before")
+    arrive(stage, monkeypatch, "a", tokens_count=150)
+    assert stage.prefill.step() == 1
+    assert stage.prefill._watch._failed == {"before"}, "nobody has seen a number yet"
+    stage.settle()
+    assert stage.prefill._watch._failed == set()
+
+
+def test_a_node_whose_every_common_step_fails_leaves_though_prompts_alone_do_not(stage, monkeypatch):
+    run = stage.prefill.prefill_step.run
+
+    def alone(chunks, on_latents):
+        if len(chunks) > 1:
+            raise ZeroDivisionError
+        stage.now_s += 1.0
+        return run(chunks, on_latents)
+
+    monkeypatch.setattr(stage.prefill.prefill_step, "run", alone)
+    with pytest.raises(StepsFail):
+        for number in range(20):
+            arrive(stage, monkeypatch, f"a{number}", f"b{number}", sampling=ONE)
+            while stage.prefill.batcher.everyone() or stage.prefill._arrived:
+                stage.prefill._turn()
+    stage.settle()
+    assert {failure[1:] for failure in stage.gateway.failures()} == {("internal", True)}
+
+
 def test_a_step_without_end_shows_while_the_node_still_answers(stage, monkeypatch):
     computed(stage, "warm", prompt(20))
     monkeypatch.setattr(PrefillNode, "_run", lambda self: self._stopped.wait(10), raising=False)
