@@ -92,10 +92,10 @@ class Post:
             await drained(self.node, drain_s)
         await self._heartbeat.stop()
         try:
+            await asyncio.to_thread(self.experts.close)  # first: a step that waits for them ends at once
             if self.node is not None:
                 await asyncio.to_thread(self.node.close)
                 self.node = None
-            self.experts.close()  # not where a step outlasts its node: it still uses them
         finally:
             await stop_tracing(self._tracing)
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,12 +23,13 @@ from cluster.place import Place
 from cluster.post import Post
 from decode.messages import DOWN, CancelRequest, ReservePages, SamplingParameters
 from decode.node import DecodeNode
-from experts.messages import Placement
+from experts.messages import Placement, ShardAddress
 from kernels.model.checkpoint import Checkpoint
 from kernels.model.moe import NoExperts
 from kernels.model.step_watch import StepsFail
 from kernels.model.transformer import Transformer
 from kernels.transport.connect import connect
+from kernels.transport.endpoint import Endpoint
 from prefill.node import PrefillNode
 from tests.cluster.served import FOLDER, SECRET, until
 
@@ -266,7 +268,7 @@ def test_a_node_that_died_is_seen_and_keeps_nobody_waiting(place, transformer):
     asyncio.run(run())
 
 
-def test_a_step_that_outlasts_its_node_keeps_the_experts_that_it_uses(place, transformer, monkeypatch):
+def test_a_step_that_outlasts_its_node_is_told_of_once_all_else_has_ended(place, transformer, monkeypatch):
     async def run() -> None:
         post = Post("decode", "decode", place, Coordinator(), refuse)
         await asyncio.to_thread(post.open, transformer)
@@ -279,11 +281,31 @@ def test_a_step_that_outlasts_its_node_keeps_the_experts_that_it_uses(place, tra
         await asyncio.to_thread(blocked.wait, 10)
         with pytest.raises(StepsFail):
             await post.close()
-        assert closed == ["tracing"]
+        assert closed == ["experts", "tracing"]
         freed.set()
         await asyncio.to_thread(node._thread.join, 10)
 
     asyncio.run(run())
+
+
+def test_closing_does_not_wait_for_experts_that_do_not_answer(place, transformer, monkeypatch):
+    came = threading.Event()
+    mute = Endpoint("memory://mute", SECRET, "mute", lambda *_: came.set())
+    mute.start()
+
+    async def run() -> None:
+        post = Post("decode", "decode", place, Coordinator(), refuse)
+        post.experts.adopt(Placement(1, 1, (ShardAddress("mute", mute.address),), (((0,),),)))
+        await asyncio.to_thread(post.open, transformer)
+        tokens = torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+        monkeypatch.setattr(post.node, "step", lambda: post.experts.dispatch(1, *tokens).combine())
+        await asyncio.to_thread(came.wait, 10)
+        begin_s = time.monotonic()
+        await post.close()
+        assert time.monotonic() - begin_s < 2.0
+
+    asyncio.run(run())
+    mute.close()
 
 
 # actors
