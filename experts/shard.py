@@ -301,7 +301,7 @@ class ExpertShard:
             logger.info("%s: %s did not wait for its answer: %s", self.config.name, channel.peer, error)
         except Exception:
             logger.exception("%s: %s could not be answered", self.config.name, channel.peer)
-            channel.close()
+            channel.end()  # its endpoint closes it, which may wait for GPUs to let go
             check_device(self._device)
 
     def _serve(self, layer: int, dispatches: list[Dispatch]) -> None:

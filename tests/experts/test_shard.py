@@ -246,10 +246,12 @@ def test_a_node_that_did_not_wait_harms_nobody(shard, node, other, local):
 def test_an_answer_that_fails_ends_its_channel_and_others_are_answered(
     shard, node, other, local, monkeypatch
 ):
-    real = StreamChannel.send
+    real, closed = StreamChannel.send, []
 
     def failing(channel, kind, body, parts=()):
         if kind == COMBINE and channel.peer == "node":
+            channel.closes_at_once = False  # GPUs have yet to let go
+            channel.close = lambda: closed.append(1) or StreamChannel.close(channel)
             raise MemoryError("no room for the answer")
         real(channel, kind, body, parts)
 
@@ -262,6 +264,7 @@ def test_an_answer_that_fails_ends_its_channel_and_others_are_answered(
     assert torch.equal(other.hear(12), outputs_of(local, 1, hidden, ids))
     with pytest.raises(ChannelError):
         node.hear()
+    assert not closed, "nobody waits for its GPUs here"
 
 
 def test_kernels_are_compiled_whenever_a_layer_has_more_experts_than_ever(shard_at, monkeypatch):
