@@ -9,15 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from decode.messages import UP as DECODE_UP
-from decode.messages import (
-    AskReport,
-    CancelRequest,
-    LatentsReceived,
-    NodeReport,
-    RequestFailed,
-    TokenChunk,
-    TokenLogprob,
-)
+from decode.messages import AskReport, CancelRequest, LatentsReceived, NodeReport, RequestFailed
 from experts.errors import ExpertsError
 from experts.messages import DispatchReport
 from kernels.model.host_copies import HostCopies, check_device
@@ -352,19 +344,14 @@ class PrefillNode:
                 self._hand_over(request, samples, row)
 
     def _hand_over(self, request: PrefillRequest, samples: Samples, row: int) -> None:
-        asked, token_id = request.asked, samples.token_ids[row]
-        index = request.outputs_count
-        reason = asked.sampling.finish_reason(token_id, index + 1, self._model.eos_token_ids)
-        found = samples.logprobs[row]
-        logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
-        chunk = TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
+        chunk = request.chunk(samples, row, self._model.eos_token_ids)
         prefill_s = request.computed_s - request.begun_s
         # the client first: else the outbox's thread has its turn now, and decode's token overtakes this one
         self._tell(request, FirstTokenChunk(chunk, request.cached_tokens_count, prefill_s))
-        if reason is None:
+        if chunk.finish_reason is None:
             with self._lock:
                 self._in_transfer[request.key] = request
-            self.outbox.put(Parcel(request, 0, 0, 0, None, token_id))
+            self.outbox.put(Parcel(request, 0, 0, 0, None, samples.token_ids[row]))
         else:
             request.is_dropped = True  # what of it still waits in the outbox is of use to nobody
         request.note(self.spans)

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from decode.messages import TokenChunk, TokenLogprob
 from kernels.model.pages import pages_for
-from kernels.ops.sample import SampleRow
+from kernels.ops.sample import SampleRow, Samples
 from kernels.transport.channel import Channel
 from kernels.transport.errors import AddressInvalid
 from kernels.transport.sockets import is_between_devices
@@ -95,6 +96,14 @@ class PrefillRequest:
         prompt, outputs = torch.tensor(asked.token_ids).tensor_split([asked.prompt_tokens_count])
         counts = torch.bincount(outputs, minlength=vocab_size).to(torch.int32)
         return SampleRow(**row, prompt_token_ids=prompt, output_token_counts=counts)
+
+    def chunk(self, samples: Samples, row: int, eos_token_ids: tuple[int, ...]) -> TokenChunk:
+        """What its row of a step's samples tells its gateway: the token, and whether it is the last."""
+        asked, index, token_id = self.asked, self.outputs_count, samples.token_ids[row]
+        reason = asked.sampling.finish_reason(token_id, index + 1, eos_token_ids)
+        found = samples.logprobs[row]
+        logprobs = () if found is None else (TokenLogprob(found.chosen, tuple(found.top)),)
+        return TokenChunk(asked.request_id, asked.generation, index, (token_id,), reason, logprobs)
 
     def note(self, spans: SpanLog) -> None:
         """Put its times into its trace."""

@@ -43,7 +43,7 @@ class StepWatch:
         self._failed.clear()
 
     def failed(self, request_id: str | None = None) -> None:
-        """Note an error that nobody foresaw; raises StepsFail once it is the node's, not a request's.
+        """Note a step that failed unforeseen, or had no numbers; raises StepsFail once it is the node's.
 
         A step of one request alone names it, for the same one may be sent again and again.
         """
