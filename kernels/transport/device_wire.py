@@ -328,6 +328,8 @@ class DeviceWire(StreamChannel):
         while True:
             found = self._take_in()
             self._send_on()
+            if found:
+                self._bell.ring()  # what was set aside is its owner's
             if self._ending is not None or self._ended or self._peer_deaf:
                 self._bell.ring()
                 return False

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import random
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -347,6 +348,22 @@ def test_frames_without_tensors_do_not_wait_for_the_link(behaviour):
         assert pair.there.receive_ready() is None
         behaviour.opening_hangs = False
         assert pair.there.receive(WAIT_S).kind == "tensor"
+
+
+def test_what_comes_before_the_peer_agrees_to_join_wakes_its_owner(behaviour):
+    freed = threading.Event()
+    with contextlib.closing(listen("nccl://127.0.0.1:0")) as listener:
+        here = connect(listener.address, SECRET, "here")
+        there = accepted(listener.accept(), listener.address)
+    sent(here).confirm = lambda _: freed.wait(WAIT_S) and {"number": "agreed"}
+    with contextlib.closing(here), contextlib.closing(there):
+        welcome(there, there.receive(WAIT_S), SECRET, FrameLimits())
+        here.send("early")
+        eventually(lambda: there._aside)
+        poller = select.poll()
+        poller.register(there, select.POLLIN)
+        assert poller.poll(1000) and there.receive_ready().kind == "early"
+        freed.set()
 
 
 def test_a_peer_that_dies_inside_a_transfer_is_truncated(pair, behaviour):
