@@ -241,13 +241,16 @@ class Membership:
         if names != self._shard_names:
             self._shard_names, self._shards_changed_s = names, now_s
         seen_epoch = max(map(epoch_of, members), default=0)
-        epochs = {member.name: epoch_of(member) for member in members}
+        epochs, in_force = {member.name: epoch_of(member) for member in members}, self.experts.in_force
         try:
             if shards and self._is_settled(shards, seen_epoch, now_s):
                 self._follow(shards, seen_epoch, now_s)
             self.experts.advance(epochs, nodes_epoch(members), now_s)
         except PlacementImpossible as error:  # what is in force stays in force
             self.problem, self._impossible = str(error), self._placed(shards)
+        else:
+            if self.experts.in_force is not in_force:
+                self.problem, self._impossible = "", None  # what is impossible still is told of anew
 
     def _is_settled(self, shards: list[Member], seen_epoch: int, now_s: float) -> bool:
         if any(now_s - self._heard_s[shard.name] > LATE_S for shard in shards):

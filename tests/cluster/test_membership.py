@@ -336,6 +336,25 @@ def test_a_placement_for_which_there_is_no_room_is_told_and_not_tried_again(town
     assert town.membership.problem == "3 slots are too few" and len(asked) == 1
 
 
+def test_a_problem_is_over_once_another_placement_is_in_force(town, monkeypatch):
+    experts = town.membership.experts
+
+    def impossible(*_):
+        raise PlacementImpossible("3 slots are too few")
+
+    def arrives(*_):
+        experts.in_force = replace(experts.in_force)
+
+    monkeypatch.setattr(experts, "advance", impossible)
+    town.turn()
+    monkeypatch.setattr(experts, "advance", lambda *_: None)
+    town.turn()
+    assert town.membership.problem == "3 slots are too few"
+    monkeypatch.setattr(experts, "advance", arrives)
+    town.turn()
+    assert town.membership.problem == ""
+
+
 def test_no_shard_forgets_before_nodes_are_known(town):
     assert town.turn().nodes_epoch == 1
     town.membership = town.coordinator()
