@@ -17,8 +17,8 @@ def put(asked: str) -> None:
     second product of FP8 experts with many tokens: tokens, columns, warps, stages.
     """
     place, _, told = asked.partition("=")
-    numbers = [int(number) for number in told.split(",") if number.isdigit()]
-    if place not in PLACES or len(numbers) != 4:
+    numbers = [int(number) for number in told.split(",") if number.isdecimal()]
+    if place not in PLACES or len(numbers) != 4 or told.count(",") != 3:
         raise typer.BadParameter(f"--tile {asked}: give {' or '.join(PLACES)}, =, and four numbers")
     if place == "wide":
         mla_decode_kernel.WIDE = mla_decode_kernel.Tiling(*numbers)

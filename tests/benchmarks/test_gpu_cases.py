@@ -201,7 +201,9 @@ def test_a_name_that_is_no_operation_is_refused(with_gpu):
     assert "gatte" in answer.output
 
 
-@pytest.mark.parametrize("asked", ["wide", "wide=64,32,8", "narrow=16,32,4,3", "wide=64,32,8,3.5"])
+@pytest.mark.parametrize(
+    "asked", ["wide", "wide=64,32,8", "narrow=16,32,4,3", "wide=64,32,8,3.5", "wide=64,32,8,3,x"]
+)
 def test_a_tile_that_is_none_is_refused(with_gpu, asked):
     answer = with_gpu[1](["--tile", asked])
     assert answer.exit_code == 2
