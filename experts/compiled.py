@@ -5,9 +5,7 @@ from pathlib import Path
 
 from kernels.ops.machine_code import AS_WRITTEN, kept_folder, machine_code
 
-SOURCES = sorted(Path(__file__).parent.glob("placement_*.py"))
-
-
+SOURCES = [*sorted(Path(__file__).parent.glob("placement_*.py")), Path(__file__)]
 KEPT = kept_folder(SOURCES[0], SOURCES)
 MARK = "all"  # the name of an empty file beside the machine code, once all of it is there
 

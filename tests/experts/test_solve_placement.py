@@ -2,13 +2,16 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experts import compiled
 from experts.errors import PlacementImpossible
+from experts.placement_pack import count_replicas, pack_in_order
 from experts.solve_placement import Homes, Plan, ShardRoom, solve_placement
 
 README_LOADS = [  # the example in the README of deepseek-ai/EPLB
@@ -276,3 +279,8 @@ IMPOSSIBLE = [
 def test_what_no_plan_can_answer_is_refused_with_a_reason(wrong, reason):
     with pytest.raises(PlacementImpossible, match=reason):
         solve_placement(**({"load": [[4.0, 3.0, 2.0, 1.0]], "rooms": ROOMS} | wrong))
+
+
+def test_machine_code_lies_where_it_is_looked_for_and_how_it_was_asked_for_is_part_of_its_name():
+    assert Path(compiled.__file__) in compiled.SOURCES
+    assert all(compiled.KEPT in Path(one.stats.cache_path).parents for one in (count_replicas, pack_in_order))
