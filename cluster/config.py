@@ -179,8 +179,8 @@ class ExpertsSection(Section):
     )
     dispatch_timeout_s: Seconds = Field(
         30.0,
-        description="how long a node waits for a shard's answer; one whose step takes four times as long, and "
-        "two minutes at least, is replaced",
+        description="how long a node waits for a shard's answer; one whose step takes four times as long, "
+        "and two minutes at least, is replaced",
     )
     replicas_min: int = Field(
         1, ge=1, le=16, description="homes of each expert; with 2, any one shard may die and none is missed"

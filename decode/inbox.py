@@ -82,7 +82,7 @@ class Inbox:
     def reserve(self, asked: ReservePages, gateway: Channel) -> PageReservation | ReservationRefused:
         """Lease pages for a prompt and all its outputs to come; a newer generation replaces an older one.
 
-        An older one than what waits here is refused, as is one for which there are but pages that others await.
+        An older one than what waits here is refused, as is one for which all that is free is awaited.
         """
         tokens_count = asked.prompt_tokens_count + asked.sampling.tokens_max
         wanted = pages_for(max(tokens_count, len(asked.token_ids)))

@@ -46,7 +46,7 @@ TRANSPORT_AND_MODEL = "The transport and the model do not know each other"
 TRANSPORT_AND_OPERATIONS = "The transport and the operations do not know each other"
 INBOX_ONLY = "Of decode, prefill knows the messages alone"
 PLAIN_FACES = "Messages and configs bring neither torch nor sockets"
-NO_TORCH = "Gateways and the coordinator start quickly and stay small: they compute nothing, and load no torch"
+NO_TORCH = "Gateways and the coordinator stay small: they compute nothing, and load no torch"
 CONTRACTS = {
     STAIR,
     INSIDE_KERNELS,
