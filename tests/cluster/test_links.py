@@ -250,7 +250,7 @@ def test_two_views_at_once_open_one_channel(start, monkeypatch):
 def test_links_closed_while_a_channel_is_opened(start, monkeypatch):
     node = start("d")
     opened = []
-    connect = links_module.connect
+    connect = links_module.connect_plain
 
     def slow_connect(*arguments):
         gate.wait(TIMEOUT_S)

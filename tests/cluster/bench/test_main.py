@@ -114,7 +114,7 @@ def test_an_interruption_reports_what_was_and_leaves_out_the_rest():
 def test_an_interruption_while_a_later_cluster_starts_is_told(capsys, monkeypatch):
     @asynccontextmanager
     async def starting():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as Ctrl-C does, which a process in the background ignores
         await asyncio.sleep(10)
         yield
 
