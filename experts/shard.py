@@ -255,7 +255,7 @@ class ExpertShard:
     def _step_awake(self) -> None:
         """Wait for dispatches: awake just after one, since a core that slept computes slowly for a while."""
         awake_end_s = time.monotonic() + AWAKE_S
-        while not self.step(0):
+        while not self.step(0) and not self._stopping:
             if time.monotonic() > awake_end_s:
                 self.step(IDLE_S)
                 return
