@@ -1,5 +1,7 @@
 """How large routed experts are in memory: numbers alone, for whoever places them without computing."""
 
+import math
+
 from kernels.model.config import ModelConfig
 from kernels.ops.fp8_sizes import WEIGHT_BLOCK, scale_shape
 
@@ -25,7 +27,7 @@ def scale_shapes(model: ModelConfig) -> tuple[Shape, Shape]:
 
 def expert_bytes(model: ModelConfig, number_bytes: int, keeps_fp8: bool) -> int:
     """Memory of one expert of one layer, in numbers of so many bytes, or in the FP8 that it may come in."""
-    numbers_count = 3 * model.hidden_size * model.moe_intermediate_size
+    numbers_count = sum(map(math.prod, expert_shapes(model)))
     if not (keeps_fp8 and come_in_fp8(model)):
         return numbers_count * number_bytes
-    return numbers_count + 4 * sum(rows * columns for rows, columns in scale_shapes(model))
+    return numbers_count + 4 * sum(map(math.prod, scale_shapes(model)))
