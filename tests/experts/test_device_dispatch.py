@@ -1,6 +1,7 @@
 """Tokens to experts and back from GPU to GPU, over a link that stands in for NCCL: one process's bits."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from experts import client
 from experts.client import RemoteExperts
 from experts.config import DispatchConfig
+from experts.messages import Placement
 from kernels.transport.connect import LINKS
 from tests.experts.dispatches import SECRET, drawn_tokens, placed
 from tests.experts.test_client import replicated
@@ -16,16 +18,22 @@ from tests.kernels.transport.stand_in_link import Behaviour, StandInLink
 SILENCE_S = 0.2
 
 
+def serving(shard_at: Callable, place: Callable[[dict[str, str]], Placement]) -> Placement:
+    """The placement of two shards that serve from GPU to GPU, as `place` makes it of their addresses."""
+    shards = {name: shard_at(name, "nccl://127.0.0.1:0") for name in "ab"}
+    placement = place({name: shard.address for name, shard in shards.items()})
+    for shard in shards.values():
+        shard.adopt(placement)
+        shard.start()
+    return placement
+
+
 @pytest.fixture
 def remote(shard_at, monkeypatch):
     """Two shards, reached from GPU to GPU."""
     monkeypatch.setitem(LINKS, "nccl", StandInLink)
     monkeypatch.setattr(StandInLink, "joints", {})
-    shards = [shard_at(f"shard-{index}", "nccl://127.0.0.1:0") for index in range(2)]
-    placement = placed({shard.config.name: shard.address for shard in shards}, 1)
-    for shard in shards:
-        shard.adopt(placement)
-        shard.start()
+    placement = serving(shard_at, lambda addresses: placed(addresses, 1))
     plug = RemoteExperts(DispatchConfig("node", SECRET, timeout_s=10.0))
     plug.adopt(placement)
     yield plug
@@ -60,11 +68,7 @@ class SlowLink(StandInLink):
 def test_a_shard_whose_gpu_is_being_joined_is_not_silent(shard_at, local, monkeypatch):
     monkeypatch.setitem(LINKS, "nccl", SlowLink)
     monkeypatch.setattr(StandInLink, "joints", {})
-    shards = {name: shard_at(name, "nccl://127.0.0.1:0") for name in "ab"}
-    placement = replicated({name: shard.address for name, shard in shards.items()})
-    for shard in shards.values():
-        shard.adopt(placement)
-        shard.start()
+    placement = serving(shard_at, replicated)
     plug = RemoteExperts(DispatchConfig("node", SECRET, timeout_s=10.0, silence_s=SILENCE_S))
     plug.adopt(placement)
     tokens = drawn_tokens(8)
@@ -81,11 +85,7 @@ def test_a_join_that_hangs_costs_silence_and_not_the_call(shard_at, local, monke
     monkeypatch.setitem(LINKS, "nccl", StandInLink)
     monkeypatch.setattr(StandInLink, "joints", {})
     monkeypatch.setattr(client, "JOIN_S", SILENCE_S)
-    shards = {name: shard_at(name, "nccl://127.0.0.1:0") for name in "ab"}
-    placement = replicated({name: shard.address for name, shard in shards.items()})
-    for shard in shards.values():
-        shard.adopt(placement)
-        shard.start()
+    placement = serving(shard_at, replicated)
     plug = RemoteExperts(DispatchConfig("node", SECRET, timeout_s=4.0, silence_s=SILENCE_S))
     plug.adopt(placement)
     links = iter([StandInLink(behaviour)])  # and then others
