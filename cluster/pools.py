@@ -1,4 +1,4 @@
-"""The pools as Ray Serve deployments: the only file that knows Ray.
+"""The pools as Ray Serve deployments: beside the window of actors, the only file that knows Ray.
 
 Serve starts, checks, restarts, drains and updates the actors, and its dashboard shows and scales them; no
 token and no tensor ever goes through it.
@@ -10,17 +10,14 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-from ray._private.services import get_webui_url_from_internal_kv
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
-from ray.util.metrics import Gauge
 
 from cluster.actors import DecodeActor, PrefillActor, ShardActor
 from cluster.config import load_config
@@ -30,7 +27,7 @@ from cluster.gateway import GatewayActor
 from cluster.membership import View
 from cluster.place import Place, make_place
 from cluster.post import DRAIN_S
-from cluster.ray_dashboard import DashboardAccess
+from cluster.ray_window import RayWindow
 from kernels.transport.nccl import gpu_settings
 
 APPLICATION = "trivium"
@@ -41,6 +38,8 @@ CONTROL_CALLS_MAX = 1000
 CONTROL_WAIT_S = 0.1  # for calls that are being answered, before an actor is told to go
 REVISION_TIMEOUT_S = 150.0
 REVISION_POLL_S = 1.0
+UNDEPLOY_TIMEOUT_S = 60.0
+UNDEPLOY_POLL_S = 0.05  # Serve itself would look once a second
 
 
 def start_ray(dashboard: bool, dashboard_port: int) -> str:
@@ -97,7 +96,7 @@ def application(place: Place) -> serve.Application:
     """The gateway with everything behind it, as one Serve application."""
     config = place.config
     resources = config.operations.coordinator_resources
-    coordinator = pool(Coordinator, "coordinator", 1, resources).bind(place, RayWindow())
+    coordinator = pool(Coordinator, "coordinator", 1, resources).bind(place, RayWindow(APPLICATION))
     counts = {
         PrefillActor: (config.prefill.count, config.prefill.resources),
         DecodeActor: (config.decode.count, config.decode.resources),
@@ -169,32 +168,6 @@ def pool(actor: Callable, name: str, count: int, resources: Mapping[str, float])
     )
 
 
-class RayWindow:
-    """Through which an actor that does not know Ray sees and tells it things; made before Ray sends it."""
-
-    application = APPLICATION
-
-    def __init__(self) -> None:
-        self._gauges: dict[str, Gauge] = {}
-
-    def publish(self, samples: Iterable[tuple[str, dict[str, str], float]]) -> None:
-        """Give Ray's exporter the newest (name, labels, value), all as gauges called `ray_…`."""
-        for name, labels, value in samples:
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(name, tag_keys=tuple(labels))
-            self._gauges[name].set(value, labels)
-
-    def dashboard(self) -> DashboardAccess | None:
-        """Where the server is and what it wants to see, or None where there is none."""
-        address = get_webui_url_from_internal_kv()
-        return DashboardAccess(f"http://{address}", auth_headers()) if address else None
-
-
-def auth_headers() -> dict[str, str]:
-    """Headers by which Ray's servers know this cluster's own processes."""
-    return dict(get_auth_headers_if_auth_enabled({}))
-
-
 def coordinator_handle() -> DeploymentHandle:
     """The coordinator, once Serve knows it."""
     return serve.get_deployment_handle("coordinator", APPLICATION)
@@ -230,8 +203,13 @@ def problems() -> list[str]:
 
 
 def undeploy() -> None:
-    """End the pools in good order and leave Ray running."""
-    serve.delete(APPLICATION)
+    """End the pools in good order and leave Ray running; raises TimeoutError."""
+    serve.delete(APPLICATION, _blocking=False)
+    end_s = time.monotonic() + UNDEPLOY_TIMEOUT_S
+    while APPLICATION in serve.status().applications:
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"the pools did not end within {UNDEPLOY_TIMEOUT_S:.0f} s")
+        time.sleep(UNDEPLOY_POLL_S)
 
 
 def stop(is_deployed: bool = True) -> None:

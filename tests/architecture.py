@@ -12,7 +12,7 @@ GRPC_DOOR = ("cluster/gateway*.py", "cluster/client.py", "cluster/tls.py", "clus
 METRICS_DOOR = ("cluster/metrics.py",)
 NOWHERE = ()
 DOORS = {
-    "ray": ("cluster/pools.py",),
+    "ray": ("cluster/pools.py", "cluster/ray_window.py"),
     "grpc": GRPC_DOOR,
     "grpc_health": GRPC_DOOR,
     "grpc_reflection": GRPC_DOOR,
