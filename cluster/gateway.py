@@ -16,7 +16,7 @@ from cluster.gateway_experts import ExpertsService
 from cluster.gateway_operations import OperationsService
 from cluster.gateway_service import InferenceService, ServedModel
 from cluster.gateway_status import ErrorInterceptor, abort
-from cluster.heartbeat import Heartbeat, host_and_pid, member_name
+from cluster.heartbeat import FAREWELL_S, Heartbeat, host_and_pid, member_name
 from cluster.http_server import Application, LastingServer, metrics_application
 from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, Member, View
@@ -126,7 +126,7 @@ class GatewayActor:
         self.state = DRAINING
         self._watching.cancel()
         await self._set_health(False)
-        await self.heartbeat.announce()
+        await self.heartbeat.announce(FAREWELL_S)
         await asyncio.sleep(NOTICED_S)
         closing = asyncio.get_running_loop().create_task(self.server.stop(DRAIN_S))  # refuses from now on
         while self.desk.requests_count and not closing.done():

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 HURRY_S = 0.05
 BEAT_S = 0.5
 ANSWER_S = 2.0
+FAREWELL_S = 1.0  # in which whoever leaves is heard, unless the coordinator has left before
 
 
 def member_name(kind: str) -> str:
@@ -47,7 +48,7 @@ class Heartbeat:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._run()), loop.create_task(self._follow())]
 
-    async def announce(self) -> None:
+    async def announce(self, timeout_s: float = ANSWER_S) -> None:
         """Tell the coordinator how things are, now; what it answers is followed in its turn."""
         member = self._describe()
         before = self.view
@@ -55,7 +56,7 @@ class Heartbeat:
         member = replace(member, epochs_known=epochs_known, holds=before.holds)
         if before.placement is None:  # the coordinator may have begun anew: tell it where things stand
             member = replace(member, placement=self._placement)
-        answer = await self._answer(self._coordinator.heartbeat, member)
+        answer = await self._answer(self._coordinator.heartbeat, member, timeout_s)
         self.is_answered = answer is not None
         if answer is not None:
             self.view = answer.completed(before)
@@ -63,15 +64,16 @@ class Heartbeat:
             self._news.set()
 
     async def stop(self) -> None:
-        """Stop beating and leave the cluster."""
+        """Stop beating and leave the cluster, if there still is one to hear it."""
         for task in self._tasks:
             task.cancel()
-        await self._answer(self._coordinator.leave, self._describe().name)
+        if self.is_answered:
+            await self._answer(self._coordinator.leave, self._describe().name, FAREWELL_S)
 
-    async def _answer(self, method: Any, argument: Any) -> Any:
+    async def _answer(self, method: Any, argument: Any, timeout_s: float) -> Any:
         """What the coordinator answers; None where it does not, which is no reason to stop."""
         try:
-            return await asyncio.wait_for(method.remote(argument), ANSWER_S)
+            return await asyncio.wait_for(method.remote(argument), timeout_s)
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():
                 raise

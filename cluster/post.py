@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.heartbeat import Heartbeat, host_and_pid, member_name
+from cluster.heartbeat import FAREWELL_S, Heartbeat, host_and_pid, member_name
 from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
 from cluster.tracing import start_tracing, stop_tracing
@@ -86,7 +86,7 @@ class Post:
     async def close(self, drain_s: float = DRAIN_S) -> None:
         """Take nothing new, finish what is here as long as that may take, then go; raises StepsFail."""
         self.state = DRAINING if self.node is not None else STARTING
-        await self._heartbeat.announce()
+        await self._heartbeat.announce(FAREWELL_S)
         if self.node is not None:
             await asyncio.sleep(NOTICED_S)
             await drained(self.node, drain_s)

@@ -85,6 +85,20 @@ def test_slow_following_stops_no_heartbeat_and_runs_once_at_a_time():
     asyncio.run(run())
 
 
+def test_a_farewell_that_nobody_hears_is_said_once():
+    async def run() -> None:
+        coordinator = Coordinator()
+        heartbeat = Heartbeat(coordinator, describe, on_view=lambda view: None)
+        await heartbeat.announce()
+        coordinator.heartbeat = Method(lambda member: asyncio.Event().wait())
+        await heartbeat.announce(timeout_s=0.01)
+        assert not heartbeat.is_answered
+        await heartbeat.stop()
+        assert coordinator.left == []
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("error", [RuntimeError("gone"), asyncio.CancelledError()])
 def test_a_coordinator_that_is_gone_for_a_while(error):
     async def run() -> None:
