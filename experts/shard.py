@@ -40,7 +40,7 @@ from kernels.transport.tensors import as_bytes, as_tensor, from_bytes
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.5
-AWAKE_S = 0.001
+AWAKE_S = 0.0002  # a shard that looks for longer takes a core that others on its host would compute on
 
 
 @dataclass(slots=True)
@@ -253,7 +253,7 @@ class ExpertShard:
             check_device(self._device)
 
     def _step_awake(self) -> None:
-        """Wait for dispatches: awake just after one, since a core that slept computes slowly for a while."""
+        """Wait for dispatches: awake just after one, for the next is often close behind."""
         awake_end_s = time.monotonic() + AWAKE_S
         while not self.step(0) and not self._stopping:
             if time.monotonic() > awake_end_s:
