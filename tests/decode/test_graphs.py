@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from decode import step
 from decode.graphs import CudaRecorder, GraphedLanes, RecordedExperts, RecordingStuck
 from decode.messages import ReservePages, SamplingParameters
 from decode.request import DecodeRequest
@@ -108,7 +109,8 @@ def test_sizes_recorded_by_a_gpu_are_the_step_as_they_play_in_turn(checkpoint_fo
     assert {size for _, size, _ in recorded._graphs._tapes} == {2, 4}
 
 
-def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache):
+def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache, monkeypatch):
+    monkeypatch.setattr(step, "LANE_REQUESTS_MIN", 4)
     plugged = transformer.plugged_into(Afar(transformer.routed))
     plain, recorded = DecodeStep(plugged, cache, 2), DecodeStep(plugged, cache, 2, ReplayingRecorder)
     with kernels_forced():
@@ -136,7 +138,7 @@ def test_steps_of_every_size_are_recorded_before_the_first_request(transformer, 
 def test_sizes_are_those_that_lanes_can_have():
     assert [bucket_of(rows) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 64)] == [1, 2, 4, 8, 8, 16, 16, 24, 64]
     assert lane_sizes(range(1, 4), 2) == {(0, 1), (0, 2), (0, 4)}
-    assert lane_sizes(range(1, 25), 2) == {(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (1, 4), (1, 8), (1, 16)}
+    assert lane_sizes(range(1, 25), 2) == {(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (1, 8), (1, 16)}
 
 
 class Counting:
