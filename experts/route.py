@@ -89,7 +89,7 @@ def _by_shard(
         slot, token, run = slot_end, token_end, run_end
 
 
-@compiled()
+@compiled(makes_arrays=True)
 def _choose_shards(experts, ends, homes, is_up, near, call_id):
     """The shard of each slot."""
     loads = np.zeros(len(is_up), np.int64)
@@ -116,7 +116,7 @@ def _choose_shards(experts, ends, homes, is_up, near, call_id):
     return chosen
 
 
-@compiled("(int64[::1], intp, int64[::1], int64[::1], boolean[::1], boolean[::1], int64)")
+@compiled("(int64[::1], intp, int64[::1], int64[::1], boolean[::1], boolean[::1], int64)", makes_arrays=True)
 def _split(experts, choices_count, ends, homes, is_up, near, call_id):
     """Order, rows, tokens by shard, (expert, slots) by shard, and where each shard's share of these ends."""
     slots_count, shards_count, experts_count = len(experts), len(is_up), len(ends) - 1

@@ -13,7 +13,7 @@ from kernels.model.config import ModelConfig
 from kernels.model.layers import Weights, softmax_scale
 from kernels.ops.copy_latents import gather_latents
 from kernels.ops.latent_format import unpack_latents_reference
-from kernels.ops.linear import linear_by_head
+from kernels.ops.linear import linear_by_head, packed_by_head
 from kernels.ops.merge_attention import merge_attention
 from kernels.ops.mla_decode import mla_decode
 from kernels.ops.mla_prefill import mla_prefill, mla_prefill_ragged
@@ -73,8 +73,8 @@ class LatentAttention:
         latent_up = weights[f"{prefix}kv_b_proj.weight"]
         self._latent_up = prepared(latent_up)
         by_head = plain(latent_up, dtype).contiguous().view(config.heads_count, -1, config.kv_lora_rank)
-        self._key_up = by_head[:, : config.qk_nope_head_dim].transpose(1, 2).contiguous()
-        self._value_up = by_head[:, config.qk_nope_head_dim :].contiguous()
+        self._key_up = packed_by_head(by_head[:, : config.qk_nope_head_dim].transpose(1, 2))
+        self._value_up = packed_by_head(by_head[:, config.qk_nope_head_dim :])
         self._out = prepared(weights[f"{prefix}o_proj.weight"])
         self._out_bias = weights.get(f"{prefix}o_proj.bias")
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from kernels.ops.backend import runs_kernel
-from kernels.ops.compiled import add_product, add_two_products, compiled, runs_compiled
+from kernels.ops.compiled import add_product, add_two_products, compiled, exp_each, runs_compiled
 from kernels.ops.expert_bank import ExpertBank, experts_contiguous_reference
 from kernels.ops.expert_bank_kernel import (
     EXPERTS_WIDTH_MIN,
@@ -200,7 +200,7 @@ def _gated_slots(
     """What `expert_mlp` computes, for weights that are small."""
     out = hidden.new_empty(len(rows), hidden.shape[1])
     tokens, slots, places = hidden.contiguous().numpy(), out.numpy(), rows.to(torch.int64).numpy()
-    wide = np.empty((2, experts[0].gate_up.shape[0]), np.float32)
+    wide = np.empty((2, 3 * experts[0].down.shape[1]), np.float32)
     if hidden.shape[1] != experts[0].gate_up.shape[1] or sum(counts) != len(rows):
         raise ValueError(f"experts or {len(rows)} slots do not fit {list(hidden.shape)}")
     if len(rows) and not 0 <= places.min() <= places.max() < len(tokens):
@@ -217,12 +217,14 @@ def _gated_slots(
 
 @compiled()
 def _gate(wide):
-    """Left half `silu(gate) * up` of a row of `[2 * intermediate]`."""
-    size = len(wide) // 2
+    """Make the first third of a row that begins with gate and up `silu(gate) * up`."""
+    size = len(wide) // 3
+    gate, up, powers = wide[:size], wide[size : 2 * size], wide[2 * size :]
     for column in range(size):
-        gate = wide[column]
-        wide[column] = gate / (np.float32(1) + np.exp(-gate)) * wide[size + column]
-    return wide[:size]
+        powers[column] = -gate[column]
+    exp_each(powers)
+    for column in range(size):
+        gate[column] = gate[column] / (np.float32(1) + powers[column]) * up[column]
 
 
 @compiled(
@@ -230,11 +232,17 @@ def _gate(wide):
 )
 def _gate_rows(hidden, rows, gate_up, down, wide, out):
     out[:] = 0
+    size = len(down)
+    first, second = wide[0], wide[1]
     for slot in range(0, len(rows) - 1, 2):
         wide[:] = 0
-        add_two_products(hidden[rows[slot]], hidden[rows[slot + 1]], gate_up, wide[0], wide[1])
-        add_two_products(_gate(wide[0]), _gate(wide[1]), down, out[slot], out[slot + 1])
+        both = hidden[rows[slot]], hidden[rows[slot + 1]]
+        add_two_products(both[0], both[1], gate_up, first[: 2 * size], second[: 2 * size])
+        _gate(first)
+        _gate(second)
+        add_two_products(first[:size], second[:size], down, out[slot], out[slot + 1])
     if len(rows) % 2:
         wide[:] = 0
-        add_product(hidden[rows[-1]], gate_up, wide[0])
-        add_product(_gate(wide[0]), down, out[-1])
+        add_product(hidden[rows[-1]], gate_up, first[: 2 * size])
+        _gate(first)
+        add_product(first[:size], down, out[-1])

@@ -129,7 +129,9 @@ def _sum_of_two_greatest(numbers):
     return first + second
 
 
-@compiled("void(float32[:, ::1], float32[::1], intp, intp, float32[:, ::1], int64[:, ::1])")
+@compiled(
+    "void(float32[:, ::1], float32[::1], intp, intp, float32[:, ::1], int64[:, ::1])", makes_arrays=True
+)
 def _choose_all(logits, bias, groups_count, groups_per_token, weights, ids):
     tokens_count, experts_count = logits.shape
     group_size = experts_count // groups_count

@@ -52,7 +52,7 @@ def mix_placed(outputs: torch.Tensor, weights: torch.Tensor, places: torch.Tenso
     return mix_placed_reference(outputs, weights, places)
 
 
-@compiled("void(float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1])")
+@compiled("void(float32[:, ::1], float32[:, ::1], int64[::1], float32[:, ::1])", makes_arrays=True)
 def _add_slots(outputs, weights, order, mixed):
     tokens_count, choices_count = weights.shape
     places = np.empty_like(order)

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 
 from kernels.ops.backend import runs_kernel
-from kernels.ops.compiled import add_product, add_two_products, compiled, multiply_four, runs_compiled
+from kernels.ops.compiled import (
+    add_four_products,
+    add_product,
+    compiled,
+    exp_each,
+    greatest_of,
+    multiply_four,
+    runs_compiled,
+    sum_of,
+)
 from kernels.ops.fp8_sizes import packed_bytes
 from kernels.ops.latent_format import unpack_latents_reference
 from kernels.ops.mla_decode_kernel import mla_decode_kernel
@@ -118,29 +127,31 @@ def _soften(scores, length, scale):
     """Softmax of each head's first `length` scores times `scale`."""
     for head in range(scores.shape[0]):
         row = scores[head, :length]
-        greatest = row.max()
-        total = np.float32(0)
+        greatest = greatest_of(row)
         for token in range(length):
-            row[token] = np.exp((row[token] - greatest) * scale)
-            total += row[token]
+            row[token] = (row[token] - greatest) * scale
+        exp_each(row)
+        total = sum_of(row)
         for token in range(length):
             row[token] /= total
 
 
 @compiled()
 def _mix(weights, latents, pages, length, out):
-    """Sum of the latents' first numbers by weight, `[heads, value]`, two heads at a time."""
+    """Sum of the latents' first numbers by weight, `[heads, value]`, four heads at a time."""
     page_tokens = latents.shape[1]
-    heads_count = len(out)
+    whole = len(out) // 4 * 4
     out[:] = 0
     for begin in range(0, length, page_tokens):
         end = min(begin + page_tokens, length)
         values = latents[pages[begin // page_tokens]]
-        for head in range(0, heads_count - 1, 2):
-            by, other_by = weights[head, begin:end], weights[head + 1, begin:end]
-            add_two_products(by, other_by, values, out[head], out[head + 1])
-        if heads_count % 2:
-            add_product(weights[heads_count - 1, begin:end], values, out[heads_count - 1])
+        by = weights[:, begin:end]
+        for head in range(0, whole, 4):
+            four = (by[head], by[head + 1], by[head + 2], by[head + 3])
+            outs = (out[head], out[head + 1], out[head + 2], out[head + 3])
+            add_four_products(four, values, outs)
+        for head in range(whole, len(out)):
+            add_product(by[head], values, out[head])
 
 
 @compiled(
