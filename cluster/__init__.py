@@ -2,5 +2,5 @@
 
 import gc
 
-# What a process imports stays: looking at it again and again would be a quarter of the time that torch takes.
+# What is imported stays: looking at it again and again is a quarter of the time that importing torch takes.
 gc.set_threshold(20_000, *gc.get_threshold()[1:])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cluster.device import check_numbers, device_of
-from cluster.heartbeat import FAREWELL_S, Heartbeat, host_and_pid, member_name
+from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.logs import begin_logs
 from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
@@ -178,7 +178,7 @@ class ShardActor:
     async def __del__(self) -> None:
         """Stay until other shards have taken over and no node asks any more, then go."""
         self._is_leaving = True
-        await self.heartbeat.announce(FAREWELL_S)
+        await self.heartbeat.announce()
         await replaced(self.name, self.heartbeat)
         await unasked(self.shard)
         await self.heartbeat.stop()

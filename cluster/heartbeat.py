@@ -18,6 +18,7 @@ HURRY_S = 0.05
 BEAT_S = 0.5
 ANSWER_S = 2.0
 FAREWELL_S = 1.0  # in which whoever leaves is heard, unless the coordinator has left before
+SENT_S = 0.1  # in which a call leaves this process, whether anybody hears it or not
 
 
 def member_name(kind: str) -> str:
@@ -64,11 +65,17 @@ class Heartbeat:
             self._news.set()
 
     async def stop(self) -> None:
-        """Stop beating and leave the cluster, if there still is one to hear it."""
+        """Stop beating and leave the cluster; where nobody answered the last time, nobody is waited for."""
         for task in self._tasks:
             task.cancel()
-        if self.is_answered:
-            await self._answer(self._coordinator.leave, self._describe().name, FAREWELL_S)
+        self._tasks = [asyncio.get_running_loop().create_task(self._leave())]
+        await asyncio.wait(self._tasks, timeout=FAREWELL_S if self.is_answered else SENT_S)
+
+    async def _leave(self) -> None:
+        try:
+            await self._coordinator.leave.remote(self._describe().name)
+        except Exception as error:
+            logger.info("nobody heard that this actor left: %s", type(error).__name__)
 
     async def _answer(self, method: Any, argument: Any, timeout_s: float) -> Any:
         """What the coordinator answers; None where it does not, which is no reason to stop."""

@@ -39,7 +39,7 @@ CONTROL_WAIT_S = 0.1  # for calls that are being answered, before an actor is to
 REVISION_TIMEOUT_S = 150.0
 REVISION_POLL_S = 1.0
 UNDEPLOY_TIMEOUT_S = 60.0
-UNDEPLOY_POLL_S = 0.05  # Serve itself would look once a second
+UNDEPLOY_POLL_S = 0.2  # Serve itself would look once a second
 
 
 def start_ray(dashboard: bool, dashboard_port: int) -> str:

@@ -85,16 +85,24 @@ def test_slow_following_stops_no_heartbeat_and_runs_once_at_a_time():
     asyncio.run(run())
 
 
-def test_a_farewell_that_nobody_hears_is_said_once():
+def test_a_late_coordinator_hears_all_the_same_that_one_left():
     async def run() -> None:
-        coordinator = Coordinator()
+        coordinator, is_awake = Coordinator(), asyncio.Event()
+
+        async def leave_late(name: str) -> None:
+            await is_awake.wait()
+            coordinator.left.append(name)
+
         heartbeat = Heartbeat(coordinator, describe, on_view=lambda view: None)
         await heartbeat.announce()
         coordinator.heartbeat = Method(lambda member: asyncio.Event().wait())
+        coordinator.leave = Method(leave_late)
         await heartbeat.announce(timeout_s=0.01)
         assert not heartbeat.is_answered
         await heartbeat.stop()
         assert coordinator.left == []
+        is_awake.set()
+        await until(lambda: coordinator.left == ["m"])
 
     asyncio.run(run())
 
