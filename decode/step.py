@@ -15,7 +15,7 @@ from kernels.model.pages import pages_for
 from kernels.model.transformer import Lane, Transformer, run_lanes
 from kernels.ops.projection import Rows
 
-LANE_REQUESTS_MIN = 8  # fewer cost more in calls and in weights read twice than is won by overlapping
+LANE_REQUESTS_MIN = 8  # fewer cost more, in calls and in weights read twice, than overlapping hides
 SHORT_PAGES = 64  # 4,096 tokens
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kernels.ops.machine_code import ANY_ORDER, ONE_ROUNDING, machine_code
 
-LOWEST, HIGHEST = np.float32(-87), np.float32(88)  # beyond, powers of two are no normal numbers
+LOWEST, HIGHEST = np.float32(-87), np.float32(89)  # whose powers are the least normal number and infinity
 LOG2_E = np.float32(1.44269504)
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_TERMS = tuple(
@@ -96,10 +96,10 @@ def add_product(row, matrix, out):
     """`out += row @ matrix`, of which rows and columns beyond theirs are left: summed row after row."""
     whole = len(row) // 4 * 4
     for place in range(0, whole, 4):
-        upper, high, low, lower = _four_from(matrix, place)
+        first, second, third, fourth = _four_from(matrix, place)
         by = _four_from(row, place)
         for column in range(len(out)):
-            numbers = (upper[column], high[column], low[column], lower[column])
+            numbers = (first[column], second[column], third[column], fourth[column])
             out[column] = _plus_products(out[column], by, numbers)
     for place in range(whole, len(row)):
         for column in range(len(out)):
@@ -111,10 +111,10 @@ def add_two_products(row, other_row, matrix, out, other_out):
     """`add_product` of two rows, with the same bits, for half the reading of the matrix."""
     whole = len(row) // 4 * 4
     for place in range(0, whole, 4):
-        upper, high, low, lower = _four_from(matrix, place)
+        first, second, third, fourth = _four_from(matrix, place)
         by, by_other = _four_from(row, place), _four_from(other_row, place)
         for column in range(len(out)):
-            numbers = (upper[column], high[column], low[column], lower[column])
+            numbers = (first[column], second[column], third[column], fourth[column])
             out[column] = _plus_products(out[column], by, numbers)
             other_out[column] = _plus_products(other_out[column], by_other, numbers)
     add_product(row[whole:], matrix[whole:], out)
@@ -124,25 +124,25 @@ def add_two_products(row, other_row, matrix, out, other_out):
 @compiled()
 def add_four_products(rows, matrix, outs):
     """`add_product` of four rows, with the same bits, for a quarter of the reading of the matrix."""
-    first, second, third, fourth = outs
+    out, other_out, third_out, fourth_out = outs
     whole = len(rows[0]) // 4 * 4
     for place in range(0, whole, 4):
-        upper, high, low, lower = _four_from(matrix, place)
+        first, second, third, fourth = _four_from(matrix, place)
         by_first, by_second = _four_from(rows[0], place), _four_from(rows[1], place)
         by_third, by_fourth = _four_from(rows[2], place), _four_from(rows[3], place)
-        for column in range(len(first)):
-            numbers = (upper[column], high[column], low[column], lower[column])
-            first[column] = _plus_products(first[column], by_first, numbers)
-            second[column] = _plus_products(second[column], by_second, numbers)
-            third[column] = _plus_products(third[column], by_third, numbers)
-            fourth[column] = _plus_products(fourth[column], by_fourth, numbers)
+        for column in range(len(out)):
+            numbers = (first[column], second[column], third[column], fourth[column])
+            out[column] = _plus_products(out[column], by_first, numbers)
+            other_out[column] = _plus_products(other_out[column], by_second, numbers)
+            third_out[column] = _plus_products(third_out[column], by_third, numbers)
+            fourth_out[column] = _plus_products(fourth_out[column], by_fourth, numbers)
     for index in range(4):
         add_product(rows[index][whole:], matrix[whole:], outs[index])
 
 
 @compiled()
 def exp_each(row):
-    """`row = exp(row)` within 2^-23, a whole register at a time; NaN stays, and results are finite.
+    """`row = exp(row)`, a whole register at a time: within 2^-23 from -87 to 88, NaN stays NaN.
 
     2^k times a polynomial of what is left after k·ln 2, with the coefficients of Cephes' expf.
     """
@@ -156,7 +156,8 @@ def exp_each(row):
         for term in EXP_TERMS[1:]:
             value = value * rest + term
         value = value * (rest * rest) + rest + np.float32(1)
-        row[place] = value * np.int32((np.int32(twos) + np.int32(127)) << np.int32(23)).view(np.float32)
+        exponent = np.int32(twos if twos == twos else np.float32(0))  # no integer is NaN
+        row[place] = value * np.int32((exponent + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @compiled()

@@ -236,8 +236,8 @@ def _gate_rows(hidden, rows, gate_up, down, wide, out):
     first, second = wide[0], wide[1]
     for slot in range(0, len(rows) - 1, 2):
         wide[:] = 0
-        both = hidden[rows[slot]], hidden[rows[slot + 1]]
-        add_two_products(both[0], both[1], gate_up, first[: 2 * size], second[: 2 * size])
+        row, other = hidden[rows[slot]], hidden[rows[slot + 1]]
+        add_two_products(row, other, gate_up, first[: 2 * size], second[: 2 * size])
         _gate(first)
         _gate(second)
         add_two_products(first[:size], second[:size], down, out[slot], out[slot + 1])

@@ -117,6 +117,7 @@ def test_lanes_side_by_side_do_not_share_what_they_write(transformer, cache, mon
         recorded._graphs.prepare([(1, 4), (0, 4)], plugged.device)
         requests = drawn_requests(cache, *range(40, 48))
         expected = plain.run(requests)
+        assert torch.equal(DecodeStep(plugged, cache, 1).run(requests), expected)
         plugged.routed.places.clear()
         assert torch.equal(recorded.run(requests), expected)
         assert torch.equal(recorded.run(requests), expected)

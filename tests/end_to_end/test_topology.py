@@ -18,9 +18,9 @@ TOPOLOGIES = {
     "1P 1D 1E unix": {"experts": {"shards_count": 1}, "transport": {"scheme": "unix"}},
     "1P 1D 1E tcp": {"experts": {"shards_count": 1}, "transport": {"scheme": "tcp"}},
     "2P 2D 3E unix": {"prefill": {"count": 2}, "decode": {"count": 2}, "experts": {"shards_count": 3}},
-    "2P 2D 3E tcp, two micro-batches": {
+    "2P 1D 3E tcp, two micro-batches": {
         "prefill": {"count": 2, "micro_batches": 2},
-        "decode": {"count": 2, "micro_batches": 2},
+        "decode": {"micro_batches": 2},  # one node, whose steps then have the sixteen requests that are split
         "experts": {"shards_count": 3},
         "transport": {"scheme": "tcp"},
     },
