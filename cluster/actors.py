@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import time
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from cluster.device import check_numbers, device_of
 from cluster.heartbeat import Heartbeat, host_and_pid, member_name
 from cluster.logs import begin_logs
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
 from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
 from cluster.tracing import start_tracing, stop_tracing
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from experts.config import ShardConfig
 from experts.shard import ExpertShard
 from kernels.model.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from kernels.model.moe import NoExperts
 from kernels.model.transformer import Transformer
 
 QUIET_S = 0.5
+SWITCH_S = 0.0005  # for which the thread that computes waits for others, again and again in a step
 ROLE_DRAIN_S = 3.0  # other nodes go on with what takes longer, by the tokens so far
 
 
@@ -34,8 +36,7 @@ class NodeActor:
     pool = ""
 
     async def __init__(self, place: Place, coordinator: Any):
-        torch.set_num_threads(place.config.threads_per_actor)
-        begin_logs(self.pool, place.config.operations.json_logs)
+        begin_process(self.pool, place)
         self._place = place
         self._coordinator = coordinator
         self._changing: asyncio.Task | None = None
@@ -121,9 +122,8 @@ class ShardActor:
     kind = pool = "experts"
 
     def __init__(self, place: Place, coordinator: Any):
-        torch.set_num_threads(place.config.threads_per_actor)
         self.name = member_name("shard")
-        begin_logs(self.name, place.config.operations.json_logs)
+        begin_process(self.name, place)
         self.loaded_share = 0.0
         self._is_leaving = False
         checkpoint = Checkpoint(place.config.model.folder)
@@ -184,6 +184,13 @@ class ShardActor:
         await self.heartbeat.stop()
         await asyncio.to_thread(self.shard.close)
         await stop_tracing(self._tracing)
+
+
+def begin_process(name: str, place: Place) -> None:
+    """What a process that computes begins with: its logs are called `name`."""
+    torch.set_num_threads(place.config.threads_per_actor)
+    sys.setswitchinterval(SWITCH_S)
+    begin_logs(name, place.config.operations.json_logs)
 
 
 def compute_dtype(place: Place) -> torch.dtype:

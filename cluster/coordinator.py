@@ -9,11 +9,12 @@ from typing import Any
 
 from cluster.errors import TriviumError
 from cluster.logs import begin_logs
-from cluster.membership import Member, Membership, View
+from cluster.membership import Membership
 from cluster.operations import Operations
 from cluster.place import Place, kept_expert_bytes, plan_config, rebalance_config, shards_bounds
 from cluster.scaler import Scaler
 from cluster.scaling import PoolsReport
+from cluster.view import Member, View
 from experts.compiled import is_compiled
 from experts.errors import ExpertsMoving
 from experts.messages import Homes

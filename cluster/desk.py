@@ -25,9 +25,9 @@ from cluster.events import (
 )
 from cluster.gateway_report import GatewayRecorder, GatewayReport
 from cluster.links import NodeLinks
-from cluster.membership import View
 from cluster.route import Route
 from cluster.router import Router
+from cluster.view import View
 from decode.messages import NodeReport
 
 logger = logging.getLogger(__name__)

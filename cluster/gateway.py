@@ -19,7 +19,6 @@ from cluster.gateway_status import ErrorInterceptor, abort
 from cluster.heartbeat import FAREWELL_S, Heartbeat, host_and_pid, member_name
 from cluster.http_server import Application, LastingServer, metrics_application
 from cluster.logs import begin_logs
-from cluster.membership import DRAINING, READY, Member, View
 from cluster.metrics import exposition, gateway_families
 from cluster.place import Place, context_tokens_max
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
@@ -29,6 +28,7 @@ from cluster.token_file import read_token
 from cluster.tokenizer import Tokenizer
 from cluster.tracing import start_tracing, stop_tracing
 from cluster.validation import RequestLimits
+from cluster.view import DRAINING, READY, Member, View
 from kernels.model.config import ModelConfig
 from kernels.transport.spans import SpanLog
 

@@ -15,12 +15,12 @@ from cluster.desk import Desk, Output
 from cluster.errors import Cancelled
 from cluster.events import DeliverTokens, FinishRequest, RoutedRequest
 from cluster.gateway_report import GatewayReport
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.proto import trivium_pb2, trivium_pb2_grpc
 from cluster.request_trace import TRACEPARENT, RequestTrace, RequestTraces
 from cluster.text_stream import TextDelta, TextStream
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestedGeneration, RequestLimits, ValidRequest, validate
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from decode.messages import LENGTH, NodeReport, TokenLogprob
 from kernels.model.config import ModelConfig
 from kernels.transport.spans import SpanLog

@@ -9,13 +9,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from cluster.membership import Member, View
+from cluster.view import BEAT_S, Member, View
 from experts.messages import Placement
 
 logger = logging.getLogger(__name__)
 
-HURRY_S = 0.05
-BEAT_S = 0.5
 ANSWER_S = 2.0
 FAREWELL_S = 1.0  # in which whoever leaves is heard, unless the coordinator has left before
 SENT_S = 0.1  # in which a call leaves this process, whether anybody hears it or not
@@ -95,7 +93,7 @@ class Heartbeat:
                 await self.announce()
             except Exception:
                 logger.exception("this actor cannot describe itself; it goes on trying")
-            await asyncio.sleep(BEAT_S if self.view.is_settled else HURRY_S)
+            await asyncio.sleep(self.view.pace_s)
 
     async def _follow(self) -> None:
         while True:

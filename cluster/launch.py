@@ -25,7 +25,6 @@ from cluster.client import Client
 from cluster.config import ClusterConfig, check_config
 from cluster.errors import InvalidConfig, TriviumError
 from cluster.gateway_report import GatewayReport
-from cluster.membership import READY, View
 from cluster.model_folder import open_checkpoint
 from cluster.place import check_shards, make_place, shards_bounds
 from cluster.show import cluster_table, stream_to_screen
@@ -33,6 +32,7 @@ from cluster.stats_line import stats_line
 from cluster.tls import server_credentials
 from cluster.token_file import read_token
 from cluster.validation import RequestedGeneration, RequestedSampling
+from cluster.view import READY, View
 from kernels.transport.errors import ChannelError
 from kernels.transport.sockets import bind
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.events import Event, NodeDrained, NodeFellSilent, NodeJoined, NodeLost, NodeSaid
-from cluster.membership import DRAINING, READY, Member, View
 from cluster.node_messages import read_from_node, send_to_node
+from cluster.view import DRAINING, READY, Member, View
 from decode.messages import AskReport
 from kernels.transport.errors import ChannelClosed, ChannelError, ChannelTimeout
 from kernels.transport.hello import connect_plain

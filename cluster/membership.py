@@ -1,19 +1,16 @@
 """Who is in the cluster, and which placement of experts follows from it: pure, time is an argument."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from cluster.gateway_report import GatewayReport
-from cluster.scaling import Hold
+from cluster.view import DRAINING, READY, Member, View, without_load
 from decode.messages import NodeReport
 from experts.errors import PlacementImpossible
-from experts.load import RecentLoad
+from experts.load import RecentLoad, table_of
 from experts.messages import Placement, ShardAddress, ShardReport
 from experts.rebalance import Rebalance, RebalanceConfig, Solve
 from kernels.model.config import ModelConfig
 
-STARTING, READY, DRAINING = "starting", "ready", "draining"
 SILENT_S = 3.0
 LATE_S = 1.5  # a shard that missed two heartbeats may be dead: no new placement until that is known
 SETTLE_S = 1.0
@@ -23,100 +20,6 @@ OBSERVE_S = 0.4  # between one load taken from a shard and the next, however oft
 LOAD_HALF_LIFE_S = 60.0
 BURST_HALF_LIFE_S = 5.0
 FIRST_SETTLE_S = 30.0  # at the start fewer shards than expected are most likely late, and all experts large
-
-
-@dataclass(frozen=True)
-class Member:
-    """One actor as it describes itself with each heartbeat."""
-
-    name: str
-    kind: str
-    address: str
-    state: str = READY
-    pid: int = 0
-    host: str = ""
-    loaded_share: float = 1.0
-    report: NodeReport | ShardReport | GatewayReport | None = None
-    placement: Placement | None = None
-    """That it goes by, told to a coordinator which knows of none."""
-    epochs_known: frozenset[int] = frozenset()
-    """Of placements that it need not be told again: a large model's table is long."""
-    pool: str = ""
-    """Deployment that its process belongs to, where that is not its kind: it is lent to another pool."""
-    holds: tuple[Hold, ...] = ()
-    """That it knows of, for a coordinator that has just begun."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What the coordinator knows, as it goes back to every member.
-
-    `placement` is what shards are to load; once all have it, it is also `placement_in_force`: nodes go by it.
-    """
-
-    members: tuple[Member, ...] = ()
-    placement: Placement | None = None
-    placement_in_force: Placement | None = None
-    nodes_epoch: int = 0
-    """Epoch that every node goes by, or a later one: shards let go of what is older."""
-    roles: Mapping[str, str] = field(default_factory=dict)
-    """Kind of node wanted in the process of a member, where it is another than its own."""
-    holds: tuple[Hold, ...] = ()
-    """Counts of pools that people have set."""
-
-    def of_kind(self, kind: str) -> tuple[Member, ...]:
-        """Members of one kind, by name."""
-        return tuple(member for member in self.members if member.kind == kind)
-
-    def without(self, epochs: frozenset[int]) -> "View":
-        """The view for a member that knows the placements of some epochs: of these only the epoch is told."""
-
-        def told(placement: Placement | None) -> Placement | None:
-            is_known = placement is not None and placement.epoch in epochs
-            return Placement(placement.epoch, placement.first_layer, (), ()) if is_known else placement
-
-        members = tuple(without_times(member) for member in self.members)
-        placements = {"placement": told(self.placement), "placement_in_force": told(self.placement_in_force)}
-        return replace(self, members=members, **placements)
-
-    def completed(self, before: "View") -> "View":
-        """The whole view, with the placements that `before` had and this one only names."""
-        known = {placement.epoch: placement for placement in before.placements}
-
-        def whole(placement: Placement | None) -> Placement | None:
-            return known.get(placement.epoch, placement) if placement is not None else None
-
-        return replace(
-            self, placement=whole(self.placement), placement_in_force=whole(self.placement_in_force)
-        )
-
-    @property
-    def placements(self) -> tuple[Placement, ...]:
-        """What there is of both placements."""
-        return tuple(one for one in (self.placement, self.placement_in_force) if one is not None)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request could be served: a node of each kind goes by some placement."""
-        kinds = {node.kind for node in self._nodes_ready() if node.report.experts_epoch > 0}
-        return self.placement_in_force is not None and {"prefill", "decode"} <= kinds
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether every shard and node goes by the newest placement; until then heartbeats hurry."""
-        if self.placement is None or self.placement_in_force is None:
-            return False
-        epoch = self.placement.epoch
-        return self.placement_in_force.epoch == epoch and all(
-            node.report.experts_epoch >= epoch for node in self._nodes_ready()
-        )
-
-    def _nodes_ready(self) -> list[Member]:
-        return [
-            member
-            for member in self.members
-            if member.state == READY and isinstance(member.report, NodeReport)
-        ]
 
 
 class Membership:
@@ -155,7 +58,7 @@ class Membership:
         self._learn(member, now_s)
         self._members[member.name] = replace(without_load(member), placement=None, epochs_known=frozenset())
         self._heard_s[member.name] = now_s
-        return self.view(now_s).without(member.epochs_known)
+        return self.view(now_s).told_to(member)
 
     def leave(self, name: str) -> None:
         """A member has ended in good order."""
@@ -200,11 +103,11 @@ class Membership:
         self._place(members, now_s)
         if not self._model.moe_layers:
             no_experts = Placement(1, self._model.dense_layers_count, (), ())
-            return View(members, no_experts, no_experts, roles=dict(self._roles))
+            return View(members, no_experts, no_experts, roles=dict(self._roles)).paced()
         in_force = self.experts.in_force
         # no shard may let go of anything before nodes are known to go by what is in force
         epoch = min(nodes_epoch(members), in_force.epoch) if in_force is not None else 0
-        return View(members, self.experts.placement, in_force, epoch, dict(self._roles))
+        return View(members, self.experts.placement, in_force, epoch, dict(self._roles)).paced()
 
     def _forgive(self, now_s: float) -> None:
         """Where nobody at all was heard for a while, it was this process that stood still, not they."""
@@ -228,7 +131,8 @@ class Membership:
         is_news = now_s - self._observed_s.get(member.name, -OBSERVE_S) >= OBSERVE_S
         if isinstance(member.report, ShardReport) and member.report.load and is_news:
             self._observed_s[member.name] = now_s
-            self.experts.observe(member.name, member.report.load, now_s)
+            table = table_of(member.report.load, len(self._model.moe_layers))
+            self.experts.observe(member.name, table, now_s)
         known = self._known_placement
         if member.placement is not None and (known is None or member.placement.epoch > known.epoch):
             self._known_placement = member.placement
@@ -314,17 +218,3 @@ def nodes_epoch(members: tuple[Member, ...]) -> int:
         if isinstance(member.report, NodeReport) and member.report.experts_epoch > 0
     ]
     return min(epochs, default=EPOCH_MAX)
-
-
-def without_times(member: Member) -> Member:
-    """A gateway's report without its distributions, which only the coordinator needs."""
-    if isinstance(member.report, GatewayReport):
-        return replace(member, report=member.report.without_times())
-    return member
-
-
-def without_load(member: Member) -> Member:
-    """A member's report without its load table, which only the coordinator needs."""
-    if isinstance(member.report, ShardReport):
-        return replace(member, report=replace(member.report, load=()))
-    return member

@@ -8,9 +8,9 @@ import numpy as np
 from cluster import metric_names as names
 from cluster.distribution import Distribution
 from cluster.gateway_report import OTHER, REASONS_MAX, GatewayReport
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.metric_name import MetricName
 from cluster.scaling import KINDS, PoolsReport, PoolState
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from decode.messages import NodeReport
 from experts.messages import DISPATCH_BOUNDS_S, DispatchReport, ShardReport
 from experts.report import ExpertsReport

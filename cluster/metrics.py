@@ -10,11 +10,11 @@ from prometheus_client.utils import floatToGoString
 
 from cluster.distribution import Distribution
 from cluster.gateway_report import GatewayReport
-from cluster.membership import Member, View
 from cluster.metric_name import COUNTER, INFO, MetricName
 from cluster.metric_names import EVERY
 from cluster.metric_values import Value, aliases, of_experts, of_member, of_pools, of_view
 from cluster.scaling import PoolsReport
+from cluster.view import Member, View
 from experts.report import ExpertsReport
 
 INFINITY = "+Inf"

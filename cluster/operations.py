@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.http_server import Application, LastingServer
-from cluster.membership import Membership, View
+from cluster.membership import Membership
 from cluster.metrics import exposition, families, mirrored
 from cluster.place import Place
 from cluster.pools_page import pools_application
 from cluster.scaler import Scaler
 from cluster.stats_line import stats_line
+from cluster.view import View
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from cluster.distribution import Distribution, merged
 from cluster.gateway_report import GatewayReport
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.ray_dashboard import PoolTarget
 from cluster.scaling import DECODE, EXPERTS, GATEWAY, KINDS, PARTNERS, PREFILL, PoolReading
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from decode.messages import NodeReport
 from experts.messages import ShardReport
 

@@ -24,10 +24,10 @@ from cluster.config import load_config
 from cluster.coordinator import Coordinator
 from cluster.errors import InvalidConfig
 from cluster.gateway import GatewayActor
-from cluster.membership import View
 from cluster.place import Place, make_place
 from cluster.post import DRAIN_S
 from cluster.ray_window import RayWindow
+from cluster.view import View
 from kernels.transport.nccl import gpu_settings
 
 APPLICATION = "trivium"

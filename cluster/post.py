@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.heartbeat import FAREWELL_S, Heartbeat, host_and_pid, member_name
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
 from cluster.tracing import start_tracing, stop_tracing
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from decode.config import DecodeConfig
 from decode.node import DecodeNode
 from experts.client import RemoteExperts

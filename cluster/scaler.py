@@ -10,11 +10,12 @@ from typing import Any
 from cluster.autoscaler import Autoscaler, Command
 from cluster.config import ClusterConfig
 from cluster.errors import InvalidRequest, NodeUnavailable, TriviumError
-from cluster.membership import READY, Membership, View
+from cluster.membership import Membership
 from cluster.place import autoscaler_config
 from cluster.pool_readings import PoolReadings
 from cluster.ray_dashboard import PoolTarget, RayDashboard, unanswered
 from cluster.scaling import EXPERTS, PARTNERS, ChangeRole, Hold, PoolReading, PoolsReport, ScalePool
+from cluster.view import READY, View
 
 logger = logging.getLogger(__name__)
 

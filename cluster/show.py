@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.client import Admitted, Delta, Finished
-from cluster.membership import View
 from cluster.proto import trivium_pb2
+from cluster.view import View
 from decode.messages import NodeReport
 from experts.messages import ShardReport
 

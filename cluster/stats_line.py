@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 from cluster.distribution import Distribution, merged
 from cluster.gateway_report import GatewayReport
-from cluster.membership import Member, View
 from cluster.metric_values import dispatches
 from cluster.scaling import KINDS
+from cluster.view import Member, View
 from decode.messages import NodeReport
 
 Reports = list[tuple[GatewayReport, GatewayReport]] | list[tuple[NodeReport, NodeReport]]

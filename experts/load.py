@@ -23,9 +23,14 @@ class ExpertLoad:
         """Slots of all layers and experts together."""
         return int(self._slots.sum())
 
-    def table(self) -> tuple[tuple[int, ...], ...]:
-        """Slots by MoE layer, then expert."""
-        return tuple(tuple(row) for row in self._slots.tolist())
+    def told(self) -> bytes:
+        """The table as it travels, for `table_of`: a large model's has many thousand numbers."""
+        return self._slots.tobytes()
+
+
+def table_of(told: bytes, layers_count: int) -> np.ndarray:
+    """Slots `[layers, experts]` int64 that a shard told; raises ValueError for what is no such table."""
+    return np.frombuffer(told, dtype=np.int64).reshape(layers_count, -1)
 
 
 class RecentLoad:
@@ -41,7 +46,7 @@ class RecentLoad:
         self._totals: dict[str, np.ndarray] = {}
         self._now_s: float | None = None
 
-    def observe(self, shard: str, totals: Sequence[Sequence[int]], now_s: float) -> None:
+    def observe(self, shard: str, totals: np.ndarray | Sequence[Sequence[int]], now_s: float) -> None:
         """Take a shard's totals since it began; the first are from before anybody listened, and count not."""
         table = np.asarray(totals, dtype=np.int64)
         if table.shape != self._memories.shape[1:]:

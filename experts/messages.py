@@ -122,8 +122,8 @@ class ShardReport:
     refused_count: int
     fetched_count: int
     """Experts that came from siblings since the shard began; the others came from the checkpoint."""
-    load: tuple[tuple[int, ...], ...]
-    """Slots computed for each MoE layer and expert since the shard began."""
+    load: bytes
+    """Slots computed for each MoE layer and expert since the shard began, as `ExpertLoad.told` gives them."""
     busy_s: float = 0.0
     """Seconds spent computing."""
     weights_address: str = ""

@@ -6,7 +6,7 @@ such steps, each of which loads few bytes and leaves every expert with a home.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +109,7 @@ class Rebalance:
         """
         return self._late.keys()
 
-    def observe(self, shard: str, totals: tuple[tuple[int, ...], ...], now_s: float) -> None:
+    def observe(self, shard: str, totals: np.ndarray | Sequence[Sequence[int]], now_s: float) -> None:
         """Take the load that a shard reports, in slots since it began."""
         self.load.observe(shard, totals, now_s)
         self._slots[shard] = np.asarray(totals, dtype=np.int64).sum(axis=1)

@@ -147,19 +147,22 @@ class ExpertShard:
         sources: dict[tuple[int, int], list[str]],
         on_progress: ProgressCallback | None,
     ) -> ExpertWeights:
-        """Experts on this shard's device, from siblings that give them, the rest from the checkpoint."""
+        """Experts on this shard's device: first those that no sibling has, for nobody computes them now."""
+        held: ExpertWeights = {}
 
-        def tell(loaded_count: int) -> None:
+        def tell(count: int, _: int = 0) -> None:
             if on_progress is not None:
-                on_progress(loaded_count, len(missing))
+                on_progress(len(held) + count, len(missing))
 
-        held = self._fetched(sources, tell) if sources else {}
-        rest = [expert for expert in missing if expert not in held]
-        where = (self._device, self._format.is_fp8)
-        loaded = load_experts(
-            self._checkpoint, rest, self._dtype, lambda count, _: tell(len(held) + count), *where
-        )
-        return held | loaded
+        def read(experts: Sequence[tuple[int, int]]) -> ExpertWeights:
+            where = (self._device, self._format.is_fp8)
+            return load_experts(self._checkpoint, experts, self._dtype, tell, *where)
+
+        held.update(read([expert for expert in missing if not sources.get(expert)]))
+        elsewhere = {expert: addresses for expert, addresses in sources.items() if addresses}
+        held.update(self._fetched(elsewhere, tell) if elsewhere else {})
+        held.update(read([expert for expert in missing if expert not in held]))
+        return held
 
     def _compile_for(self, experts: Sequence[GatedWeights]) -> None:
         """Compile before any node waits: that takes as long as a shard may be silent."""
@@ -223,7 +226,7 @@ class ExpertShard:
             slots_count=self.load.slots_count,
             fetched_count=self._fetched_count,
             refused_count=self._refused_count + refused_peers_count,
-            load=self.load.table(),
+            load=self.load.told(),
             busy_s=self._busy.seconds,
             weights_address=self.weights_address,
         )

@@ -4,6 +4,7 @@ They travel between hosts, at an address of their own, in a thread of its own: d
 """
 
 import itertools
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -24,6 +25,8 @@ from kernels.transport.tensors import as_bytes
 
 CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
 FETCH_TIMEOUT_S = 5.0
+REST = 4.0  # times as long as a fetch took: both shards compute for nodes meanwhile, where cores are few
+REST_S_MAX = 0.25
 
 
 def sources_of(
@@ -82,7 +85,10 @@ class Giver:
 
 
 class Siblings:
-    """Asks other shards for experts, one after the other; whoever fails once is not asked again."""
+    """Asks other shards for experts, one after the other and without haste: they are served from there.
+
+    Whoever fails once is not asked again.
+    """
 
     def __init__(self, config: ShardConfig, expert_format: ExpertFormat, device: torch.device):
         self._config = config
@@ -100,12 +106,14 @@ class Siblings:
         """
         held: ExpertWeights = {}
         for turn, (pair, addresses) in enumerate(sources.items()):
+            begin_s = time.monotonic()
             for place in range(len(addresses)):
                 weights = self._ask(addresses[(turn + place) % len(addresses)], *pair)
                 if weights is not None:
                     held[pair] = weights
                     on_fetched(len(held))
                     break
+            time.sleep(min(REST * (time.monotonic() - begin_s), REST_S_MAX))
         return held
 
     def close(self) -> None:

@@ -11,10 +11,10 @@ import torch
 from cluster.desk import Desk
 from cluster.gateway import Tokens, bind, make_server
 from cluster.gateway_service import InferenceService, ServedModel
-from cluster.membership import Member, View
 from cluster.proto import trivium_pb2_grpc
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestLimits
+from cluster.view import Member, View
 from decode.config import DecodeConfig
 from decode.node import DecodeNode
 from experts.local import LocalExperts

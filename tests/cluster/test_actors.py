@@ -11,8 +11,8 @@ import pytest
 from cluster import actors
 from cluster.actors import ShardActor
 from cluster.config import check_config
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from experts.messages import Homes, Placement, ShardAddress
 from experts.placement import even_placement
 from kernels.model.config import ModelConfig

@@ -14,11 +14,11 @@ from cluster.client import Client, Finished
 from cluster.config import check_config
 from cluster.errors import InvalidConfig, NodeUnavailable
 from cluster.gateway import GatewayActor
-from cluster.membership import Member, View
 from cluster.place import Place
 from cluster.token_file import read_token
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestedGeneration, RequestedSampling
+from cluster.view import Member, View
 from tests.cluster.served import FOLDER, SECRET, load_transformer, running_nodes, until, view_of
 
 LONG = RequestedGeneration(

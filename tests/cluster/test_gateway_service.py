@@ -24,11 +24,11 @@ from cluster.gateway import SERVICE
 from cluster.gateway_report import GatewayReport
 from cluster.gateway_service import STATES, VALIDATED_INLINE_BYTES
 from cluster.gateway_service import Delta as ServiceDelta
-from cluster.membership import DRAINING, STARTING, Member, View
 from cluster.proto import trivium_pb2
 from cluster.text_stream import TextStream
 from cluster.tokenizer import Tokenizer
 from cluster.validation import RequestedGeneration, RequestedSampling
+from cluster.view import DRAINING, STARTING, Member, View
 from decode.messages import UP
 from experts.messages import Placement, ShardReport
 from kernels.transport.endpoint import Endpoint

@@ -7,7 +7,7 @@ import pytest
 
 from cluster import heartbeat as heartbeat_module
 from cluster.heartbeat import Heartbeat, member_name
-from cluster.membership import Member, View
+from cluster.view import Member, View
 from tests.cluster.served import until
 
 
@@ -32,7 +32,7 @@ class Coordinator:
         self.heard.append(member)
         if self.error is not None:
             raise self.error
-        return View((member,))
+        return View((member,), pace_s=0.001)
 
     async def _leave(self, name: str) -> None:
         self.left.append(name)
@@ -41,7 +41,6 @@ class Coordinator:
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     """No waiting between heartbeats."""
-    monkeypatch.setattr(heartbeat_module, "HURRY_S", 0.001)
     monkeypatch.setattr(heartbeat_module, "BEAT_S", 0.001)
 
 

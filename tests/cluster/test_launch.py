@@ -11,7 +11,7 @@ import pytest
 from cluster import launch
 from cluster.config import ClusterConfig, check_config
 from cluster.errors import InvalidConfig, InvalidModel
-from cluster.membership import STARTING, Member, View
+from cluster.view import STARTING, Member, View
 from decode.messages import NodeReport
 from experts.messages import Placement
 

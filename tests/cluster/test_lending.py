@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.membership import DRAINING, STARTING, Member
 from cluster.pool_readings import lent_of
+from cluster.view import DRAINING, STARTING, Member
 from tests.cluster.test_membership import Town, node, shard
 
 
@@ -37,7 +37,7 @@ def test_the_idlest_is_asked_and_everybody_sees_it(town):
     assert town.turn().roles == {"q": "decode"}
     told = town.membership.heartbeat(town.members["q"], town.now_s)
     assert told.roles == {"q": "decode"}, "by its own heartbeat it hears of it"
-    assert lent_of("prefill", told) == 1
+    assert lent_of("prefill", town.turn()) == 1
 
 
 def test_nobody_is_asked_twice(town):

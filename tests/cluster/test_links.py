@@ -10,7 +10,7 @@ import pytest
 from cluster import links as links_module
 from cluster.events import Event, NodeDrained, NodeFellSilent, NodeJoined, NodeLost, NodeSaid
 from cluster.links import LOST_ASKS_COUNT, SILENT_ASKS_COUNT, NodeLinks
-from cluster.membership import DRAINING, STARTING, Member, View
+from cluster.view import DRAINING, STARTING, Member, View
 from decode.messages import UP, AskReport, CancelRequest, NodeReport
 from kernels.transport.endpoint import Endpoint
 from kernels.transport.errors import ChannelClosed

@@ -10,13 +10,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse_cla
 
 from cluster.client import Client, Finished
 from cluster.gateway_report import REASONS_MAX, GatewayReport
-from cluster.membership import Member, View
 from cluster.metric_name import COUNTER, HISTOGRAM
 from cluster.metric_names import ALIASES, EVERY
 from cluster.metric_values import worst_layer
 from cluster.metrics import exposition, families, gateway_families, mirrored
 from cluster.stats_line import stats_line
 from cluster.validation import RequestedGeneration, RequestedSampling
+from cluster.view import Member, View
 from decode.messages import UP, NodeReport
 from experts.client import RemoteExperts
 from experts.config import DispatchConfig

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from cluster.distribution import Tally
 from cluster.gateway_report import GatewayReport
-from cluster.membership import DRAINING, STARTING, Member, View
 from cluster.pool_readings import PoolReadings
 from cluster.ray_dashboard import PoolTarget
 from cluster.scaling import PoolReading
+from cluster.view import DRAINING, STARTING, Member, View
 from decode.messages import NodeReport
 from experts.messages import ShardReport
 
@@ -22,7 +22,7 @@ def node(name: str, kind: str, pid: int = 0, **numbers: object) -> Member:
 
 def shard(name: str, busy_s: float) -> Member:
     zeros = dict.fromkeys(list(ShardReport.__dataclass_fields__)[2:8], 0)
-    return Member(name, "experts", "", report=ShardReport(name, "", **zeros, load=(), busy_s=busy_s))
+    return Member(name, "experts", "", report=ShardReport(name, "", **zeros, load=b"", busy_s=busy_s))
 
 
 def gateway(**numbers: object) -> Member:

@@ -18,9 +18,9 @@ from cluster import post as post_module
 from cluster.actors import DecodeActor, NodeActor, PrefillActor
 from cluster.config import check_config
 from cluster.heartbeat import Heartbeat
-from cluster.membership import DRAINING, READY, STARTING, Member, View
 from cluster.place import Place
 from cluster.post import Post
+from cluster.view import DRAINING, READY, STARTING, Member, View
 from decode.messages import DOWN, CancelRequest, ReservePages, SamplingParameters
 from decode.node import DecodeNode
 from experts.messages import Placement, ShardAddress

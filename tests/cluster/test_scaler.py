@@ -16,9 +16,10 @@ from cluster import scaler as scaler_module
 from cluster.config import check_config
 from cluster.errors import InvalidRequest, NodeUnavailable
 from cluster.gateway_report import GatewayReport
-from cluster.membership import STARTING, Member, Membership, View
+from cluster.membership import Membership
 from cluster.scaler import Scaler
 from cluster.scaling import ChangeRole, Hold, PoolsReport, PoolState
+from cluster.view import STARTING, Member, View
 from decode.messages import NodeReport
 from experts.config import PlanConfig
 from experts.messages import Placement

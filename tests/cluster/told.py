@@ -2,8 +2,8 @@
 
 from cluster.distribution import Distribution, Tally
 from cluster.gateway_report import GatewayReport
-from cluster.membership import DRAINING, READY, Member, View
 from cluster.scaling import Decision, Hold, PoolsReport, PoolState, Pressure
+from cluster.view import DRAINING, READY, Member, View
 from decode.messages import NodeReport
 from experts.balance import Balance
 from experts.messages import DISPATCH_BOUNDS_S, DispatchReport, Placement, ShardAddress, ShardReport

@@ -15,9 +15,9 @@ from cluster import pools
 from cluster.client import Admitted, Client, Delta, Finished
 from cluster.config import ClusterConfig, check_config
 from cluster.launch import is_complete
-from cluster.membership import View
 from cluster.place import Place
 from cluster.validation import RequestedGeneration, RequestedSampling
+from cluster.view import View
 
 READY_S = 120.0
 GREEDY_64 = RequestedSampling(temperature=0.0, tokens_max=64, ignore_eos=True)

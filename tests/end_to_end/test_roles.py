@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cluster import pools
 from cluster.client import Client
-from cluster.membership import READY
 from cluster.validation import RequestedGeneration
+from cluster.view import READY
 from tests.end_to_end.stage import GREEDY_64, all_tokens, tokens_of, wait_until
 
 SMALL = Path("examples/trivium-small")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experts.load import ExpertLoad, RecentLoad
+from experts.load import ExpertLoad, RecentLoad, table_of
 
 
 def test_slots_are_counted_where_they_fall():
@@ -10,15 +10,23 @@ def test_slots_are_counted_where_they_fall():
     load.add(3, [0, 2], [5, 1])
     load.add(4, (3,), (7,))
     load.add(3, [2], [10])
-    assert load.table() == ((5, 0, 11, 0), (0, 0, 0, 7))
+    assert table_of(load.told(), 2).tolist() == [[5, 0, 11, 0], [0, 0, 0, 7]]
     assert load.slots_count == 23
 
 
 def test_the_table_is_a_copy():
     load = ExpertLoad(0, 1, 2)
-    before = load.table()
+    before = load.told()
     load.add(0, [1], [1])
-    assert before == ((0, 0),) and load.table() == ((0, 1),)
+    assert [table_of(told, 1).tolist() for told in (before, load.told())] == [[[0, 0]], [[0, 1]]]
+
+
+def test_what_is_no_table_is_refused():
+    told = ExpertLoad(0, 3, 2).told()
+    with pytest.raises(ValueError, match="reshape"):
+        table_of(told, 4)
+    with pytest.raises(ValueError, match="multiple"):
+        table_of(told[:-1], 3)
 
 
 def recent(half_life_s: float = 10.0, burst_half_life_s: float = 1.0) -> RecentLoad:
