@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from experts import siblings
+from experts import shard, siblings
 from experts.messages import FETCH, REFUSED, WEIGHTS, Placement, ShardAddress
 from experts.placement import even_placement
 from experts.shard import ExpertShard
@@ -52,6 +54,11 @@ def old(shard_at) -> Callable[[torch.dtype], ExpertShard]:
     return make
 
 
+def weights_at(address: ShardAddress, holder: ExpertShard) -> ShardAddress:
+    """The same shard, with its weights where `holder` gives its own."""
+    return replace(address, weights_address=holder.weights_address)
+
+
 def grown(old: ExpertShard, new: ExpertShard) -> tuple[Placement, Placement]:
     """What is in force, and a newer placement over both shards."""
     return placed_on(old, epoch=1), placed_on(old, new, epoch=2)
@@ -87,6 +94,48 @@ def test_what_comes_from_siblings_and_from_the_checkpoint_is_one_progress(old, s
     new.adopt(placement, lambda *done: told.append(done), in_force, {"old", "new"})
     count = len(wanted)
     assert told == [(done, count) for done in [*range(1, count - 2), count]]
+
+
+def test_what_nobody_holds_any_more_is_loaded_first(old, shard_at, monkeypatch):
+    """Nobody computes it until then; what siblings give is computed there meanwhile."""
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    in_force = placed({"dead": memory_address(), "old": holder.address})
+    of_the_dead, order = in_force.experts_of("dead"), []
+    load_experts, ask = shard.load_experts, siblings.Siblings._ask
+
+    def load(checkpoint, experts, *others):
+        order.extend(experts)
+        return load_experts(checkpoint, experts, *others)
+
+    def asked(self, address, *pair):
+        order.append(pair)
+        return ask(self, address, *pair)
+
+    monkeypatch.setattr(shard, "load_experts", load)
+    monkeypatch.setattr(siblings.Siblings, "_ask", asked)
+    in_force = replace(in_force, shards=tuple(weights_at(one, holder) for one in in_force.shards))
+    new.adopt(placed({"new": new.address}, epoch=2), in_force=in_force, alive={"old", "new"})
+    assert order[: len(of_the_dead)] == of_the_dead
+    assert sorted(order) == sorted(new._holding.experts)
+    assert new.report().fetched_count == len(order) - len(of_the_dead)
+
+
+def test_siblings_are_asked_with_rests(old, shard_at, monkeypatch):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    in_force, placement = grown(holder, new)
+    rests_s: list[float] = []
+    clock = SimpleNamespace(now_s=0.0, took_s=iter([0.01, 1.0, *[0.0] * LAYERS * EXPERTS]))
+
+    def monotonic() -> float:
+        """Of each pair of calls, the second comes later."""
+        clock.calls_count = getattr(clock, "calls_count", 0) + 1
+        clock.now_s += next(clock.took_s) if clock.calls_count % 2 == 0 else 0.0
+        return clock.now_s
+
+    monkeypatch.setattr(siblings, "time", SimpleNamespace(monotonic=monotonic, sleep=rests_s.append))
+    new.adopt(placement, in_force=in_force, alive={"old", "new"})
+    assert rests_s[:2] == [pytest.approx(siblings.REST * 0.01), siblings.REST_S_MAX]
+    assert len(rests_s) == len(placement.experts_of("new"))
 
 
 def test_a_dead_sibling_is_not_waited_for_again_and_again(old, shard_at):
