@@ -160,7 +160,8 @@ class DecodeSection(Section):
         {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
     )
     micro_batches: Literal[1, 2] = Field(
-        2, description="2: one half of a step computes while the other's tokens are with the experts"
+        1,
+        description="2: one half of a step computes while the other's tokens are with the experts; on GPUs",
     )
 
 

@@ -12,7 +12,7 @@ class DecodeConfig:
     secret: str
     latents_bytes: int
     requests_max: int = 64
-    micro_batches: int = 2
+    micro_batches: int = 1
     lease_s: float = 30.0
     latents_address: str = ""
     """Where latents arrive, if not where gateways connect: between GPUs."""
