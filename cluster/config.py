@@ -198,7 +198,7 @@ class ExpertsSection(Section):
     )
     rebalance_pause_s: Seconds = Field(30.0, description="rest between one rebalance and the next")
     rebalance_step_bytes: Annotated[Bytes, Field(ge=1, le=2**44)] = Field(
-        2**30, description="weights that may be loaded at a time, beside those in use"
+        2**30, description="weights that a shard may load at a time, beside those in use"
     )
 
 

@@ -1,5 +1,6 @@
 """From some homes of experts to others: pure functions over the tables that placements carry."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from experts.messages import Homes, Placement, ShardAddress
@@ -37,21 +38,24 @@ def moves_between(before: Homes, after: Homes) -> int:
 def steps_between(before: Homes, after: Homes, expert_bytes: int, step_bytes_max: int) -> Iterator[Homes]:
     """The homes after each step; the last is `after`, and nothing comes where there is nothing to do.
 
-    Layers go one after the other, whole where the bytes allow it, for a layer's slots are only as many. An
-    expert's homes change at once, so that it has those of before or those of after.
+    No shard loads more than `step_bytes_max` in a step, or one expert. Layers go one after the other, whole
+    where the bytes allow it, for a layer's slots are only as many. An expert's homes change at once, so that
+    it has those of before or those of after.
     """
-    homes, loaded_bytes, changed = [list(layer) for layer in before], 0, False
+    homes, loaded_bytes, changed = [list(layer) for layer in before], Counter(), False
     for layer, goal in enumerate(after):
         for expert, new in enumerate(goal):
             old = homes[layer][expert]
             if new == old:
                 continue
-            bytes_count = len(set(new) - set(old)) * expert_bytes
-            if loaded_bytes and loaded_bytes + bytes_count > step_bytes_max:
+            gaining = set(new) - set(old)
+            full = step_bytes_max - expert_bytes
+            if any(loaded_bytes[shard] > max(full, 0) for shard in gaining):
                 yield tuple(map(tuple, homes))
-                loaded_bytes = 0
-            homes[layer][expert] = new
-            loaded_bytes, changed = loaded_bytes + bytes_count, True
+                loaded_bytes.clear()
+            for shard in gaining:
+                loaded_bytes[shard] += expert_bytes
+            homes[layer][expert], changed = new, True
     if changed:
         yield after
 

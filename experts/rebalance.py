@@ -2,7 +2,7 @@
 
 A placement is given out to the shards, which load what is new to them; once all have, it is in force and
 nodes go by it; once all nodes do, shards let go of what is old. A way between two placements is a sequence of
-such steps, each of which loads few bytes and leaves every expert with a home.
+such steps, in each of which a shard loads few bytes and every expert has a home.
 """
 
 from collections import deque
