@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from cluster.errors import InvalidRequest
+from cluster.pool_outlook import outlook, state_of
 from cluster.pressure import pressures
 from cluster.scaled_pool import OBEYED_S, ScaledPool
 from cluster.scaling import (
@@ -23,7 +24,6 @@ from cluster.scaling import (
     Hold,
     PoolReading,
     PoolsReport,
-    PoolState,
     Pressure,
     ScalePool,
 )
@@ -186,7 +186,7 @@ class Autoscaler:
 
     def report(self, now_s: float) -> PoolsReport:
         """All pools and the decisions of late, newest first."""
-        states = tuple(self._state(pool, now_s) for pool in self._pools.values())
+        states = tuple(state_of(pool, self._outlook(pool, now_s)) for pool in self._pools.values())
         return PoolsReport(now_s, self.config.is_enabled, states, tuple(reversed(self._decisions)))
 
     # what is measured
@@ -343,53 +343,12 @@ class Autoscaler:
             )
         return self._pools[kind]
 
+    def _outlook(self, pool: ScaledPool, now_s: float) -> str:
+        return outlook(pool, self._shrink_pause_s(pool), self.config.is_enabled, self._is_loaded, now_s)
+
     def _shrink_pause_s(self, pool: ScaledPool) -> float:
         """Longer after a shrinking that had to be undone, so that no load makes a pool swing for ever."""
         return pool.regret * self.config.shrink_pause_s
-
-    def _outlook(self, pool: ScaledPool, now_s: float) -> str:
-        if pool.hold is not None:
-            return f"held at {pool.hold.count} by {pool.hold.by}"
-        if pool.kind == GATEWAY or not self.config.is_enabled:
-            return "people set its count"
-        if not self._is_loaded:
-            return "the cluster still loads"
-        if not pool.is_heard(now_s):
-            return "nothing was heard of it of late, so its count stays"
-        if pool.is_awaited:
-            return "waits for Serve to show what was asked for"
-        if pool.changing_since_s is not None:
-            return "nodes are starting or draining"
-        if not pool.pressures or not pool.reading.is_complete:
-            return "too little is known of its load"
-        if pool.futile_causes:
-            return f"more nodes did not help against the {', '.join(sorted(pool.futile_causes))}"
-        if max(one.level for one in pool.pressures) > 1:
-            return "at its most" if pool.nodes_count >= pool.limits.count_max else "under pressure"
-        if pool.roomy_since_s is not None:
-            pause_s = self._shrink_pause_s(pool)
-            return f"one less was enough for {now_s - pool.roomy_since_s:.0f} s of {pause_s:.0f} s"
-        return "as many as the load asks for"
-
-    def _state(self, pool: ScaledPool, now_s: float) -> PoolState:
-        reading = pool.reading
-        return PoolState(
-            pool.kind,
-            pool.aim_count,
-            reading.ready_count if reading else 0,
-            reading.starting_count if reading else 0,
-            reading.draining_count if reading else 0,
-            pool.lent_count,
-            pool.borrowed_count,
-            pool.limits.count_min,
-            pool.limits.count_max,
-            pool.hold,
-            pool.pressures,
-            pool.reason,
-            self._outlook(pool, now_s),
-            pool.grown_count,
-            pool.shrunk_count,
-        )
 
 
 def _since(before_s: float | None, now_s: float) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from cluster.events import Phases, RoutedRequest
-from decode.messages import ReservePages, TokenChunk
+from decode.messages import ReservePages, TokenChunk, TokenLogprob
 from kernels.model.pages import pages_for
 from prefill.messages import PRIORITY_S, PrefillPrompt
 
@@ -88,6 +88,19 @@ class Route:
     def asks(self, name: str) -> bool:
         """Whether a decode node was asked for room, and has not answered."""
         return self.phase is Phase.RESERVING and self.decode == name
+
+    def take(self, chunk: TokenChunk) -> TokenChunk:
+        """What is due of the outputs, now that a chunk has come: nothing yet, or also what overtook it."""
+        first, reason = len(self.outputs), None
+        if chunk.index >= first:
+            self.early[chunk.index] = chunk
+        logprobs: list[TokenLogprob] = []
+        while (following := self.early.pop(len(self.outputs), None)) is not None:
+            self.outputs.extend(following.token_ids)
+            logprobs.extend(following.logprobs)
+            reason = following.finish_reason
+        tokens = tuple(self.outputs[first:])
+        return TokenChunk(chunk.request_id, self.generation, first, tokens, reason, tuple(logprobs))
 
     def phases(self, now_s: float) -> Phases:
         """Where its seconds went until now: queued, prefill and decode add up to the total.

@@ -8,7 +8,6 @@ Events come in by `handle`, commands come out; time is an argument. A later atte
 generation, and whatever an earlier one still says is not heard.
 """
 
-import bisect
 import itertools
 from collections.abc import Iterator
 
@@ -31,6 +30,7 @@ from cluster.events import (
 )
 from cluster.node_choice import NodeView, choose_awaited, choose_decode, choose_prefill, pages_largest_count
 from cluster.route import Phase, Route
+from cluster.waiting import WaitingRequests
 from decode.messages import (
     AwaitPages,
     CancelRequest,
@@ -41,7 +41,6 @@ from decode.messages import (
     ReservationRefused,
     TokenChunk,
     TokenChunks,
-    TokenLogprob,
 )
 from kernels.model.pages import PAGE_TOKENS, page_hashes, pages_for
 from prefill.messages import FirstTokenChunk, HandedOver
@@ -63,8 +62,7 @@ class Router:
         self._lease_s = lease_s
         self._extended_s = float("-inf")
         self._numbers = itertools.count()
-        self._waiting: list[tuple[float, int, str]] = []  # turns, sorted
-        self._resting: dict[str, float] = {}  # request id: when it joins the waiting
+        self._waiting = WaitingRequests()
         self._kept: dict[str, str] = {}  # request id: the decode node that is kept free for it
         self._awaited: dict[str, str] = {}  # the same of those whose node knows
         self._may_place = False
@@ -72,7 +70,7 @@ class Router:
     @property
     def requests_waiting_count(self) -> int:
         """Requests that no node has taken yet."""
-        return len(self._waiting) + len(self._resting)
+        return self._waiting.count
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """What to do about an event; raises ValueError for a request that is under way already."""
@@ -113,17 +111,11 @@ class Router:
         self._wait(route)
 
     def _wait(self, route: Route) -> None:
-        route.phase = Phase.WAITING
-        bisect.insort(self._waiting, route.turn)
+        self._waiting.add(route)
         self._may_place = True
 
-    def _wait_no_more(self, route: Route) -> None:
-        if self._resting.pop(route.request.request_id, None) is None:
-            del self._waiting[bisect.bisect_left(self._waiting, route.turn)]
-
     def _wake_rested(self, now_s: float) -> None:
-        for request_id in [request_id for request_id, end_s in self._resting.items() if end_s <= now_s]:
-            del self._resting[request_id]
+        for request_id in self._waiting.wake(now_s):
             self._wait(self.routes[request_id])
 
     def _place(self) -> Iterator[Command]:
@@ -136,16 +128,18 @@ class Router:
         kept_before, self._kept = self._kept, {}
         open_nodes = [node for node in self.nodes.values() if node.kind == "decode" and node.is_ready]
         passed_count = 0
-        while open_nodes and passed_count < min(len(self._waiting), LOOKED_PAST_MAX):
-            route = self.routes[self._waiting[passed_count][-1]]
+        while open_nodes and passed_count < LOOKED_PAST_MAX:
+            if (request_id := self._waiting.at(passed_count)) is None:
+                return
+            route = self.routes[request_id]
             decode = choose_decode(open_nodes, route.pages_wanted_count, route.avoids)
             prefill = choose_prefill(self.nodes.values(), route.hashes, route.tokens_count, route.avoids)
             if decode is not None and prefill is not None:
-                self._wait_no_more(route)
+                self._waiting.remove(route)
                 yield self._reserve(route, prefill, decode)
             elif (misfit := self._misfit(route)) is not None:
-                yield FailRequest(route.request.request_id, "request_too_large", misfit)
-                yield from self._end(route.request.request_id)
+                yield FailRequest(request_id, "request_too_large", misfit)
+                yield from self._end(request_id)
             else:
                 passed_count += 1
                 if prefill is not None:  # or room would not help it
@@ -280,21 +274,12 @@ class Router:
 
     def _tokens(self, route: Route, chunk: TokenChunk, now_s: float, ended_itself: bool) -> Iterator[Command]:
         """Deliver what is next in order; `ended_itself` if the decode node frees a request that finishes."""
-        if chunk.index >= len(route.outputs):
-            route.early[chunk.index] = chunk
-        tokens: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        finish_reason = None
-        while (following := route.early.pop(len(route.outputs), None)) is not None:
-            route.outputs.extend(following.token_ids)
-            tokens.extend(following.token_ids)
-            logprobs.extend(following.logprobs)
-            finish_reason = following.finish_reason
-        if tokens:
-            yield DeliverTokens(chunk.request_id, tuple(tokens), tuple(logprobs))
-        if finish_reason is not None:
+        due = route.take(chunk)
+        if due.token_ids:
+            yield DeliverTokens(chunk.request_id, due.token_ids, due.logprobs)
+        if due.finish_reason is not None:
             phases = route.phases(now_s)
-            yield FinishRequest(chunk.request_id, finish_reason, route.cached_tokens_count, phases)
+            yield FinishRequest(chunk.request_id, due.finish_reason, route.cached_tokens_count, phases)
             yield from self._end(chunk.request_id, tell_nodes=not ended_itself)
 
     # ends, and new attempts
@@ -304,7 +289,7 @@ class Router:
         if route is None:
             return
         if route.phase is Phase.WAITING:
-            self._wait_no_more(route)
+            self._waiting.remove(route)
             self._may_place = True  # the node that was kept free for it is open again
         else:
             yield from self._withdraw(route, tell_nodes)
@@ -348,8 +333,7 @@ class Router:
         self.migrations_count += bool(route.outputs)  # the next node goes on from them
         yield from self._withdraw(route)
         route.generation += 1  # so that nothing of this attempt is heard while the next one waits
-        route.phase = Phase.WAITING
-        self._resting[request_id] = now_s + rest_s
+        self._waiting.rest(route, now_s + rest_s)
 
     def _node_lost(self, name: str, now_s: float) -> Iterator[Command]:
         node = self.nodes.pop(name, None)
