@@ -183,7 +183,7 @@ class ExpertShard:
     ) -> ExpertWeights:
         siblings = Siblings(self.config, self._format, self._device)
         try:
-            held = siblings.fetch(sources, on_fetched)
+            held = siblings.fetch(sources, on_fetched, rests=bool(self._holding.experts))
         finally:
             siblings.close()
         self._fetched_count += len(held)

@@ -25,7 +25,7 @@ from kernels.transport.tensors import as_bytes
 
 CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
 FETCH_TIMEOUT_S = 5.0
-REST = 4.0  # times as long as a fetch took: both shards compute for nodes meanwhile, where cores are few
+REST = 4.0  # times as long as a fetch took, where cores are few and both shards compute on them
 REST_S_MAX = 0.25
 
 
@@ -85,10 +85,7 @@ class Giver:
 
 
 class Siblings:
-    """Asks other shards for experts, one after the other and without haste: they are served from there.
-
-    Whoever fails once is not asked again.
-    """
+    """Asks other shards for experts, one after the other; whoever fails once is not asked again."""
 
     def __init__(self, config: ShardConfig, expert_format: ExpertFormat, device: torch.device):
         self._config = config
@@ -98,11 +95,15 @@ class Siblings:
         self._fetch_ids = itertools.count(1)
 
     def fetch(
-        self, sources: Mapping[tuple[int, int], Sequence[str]], on_fetched: Callable[[int], None]
+        self,
+        sources: Mapping[tuple[int, int], Sequence[str]],
+        on_fetched: Callable[[int], None],
+        rests: bool = False,
     ) -> ExpertWeights:
         """What siblings give of some (layer, expert) pairs, each asked for at its addresses; maybe less.
 
-        `on_fetched` is told after each how many there are.
+        `on_fetched` is told after each how many there are. A shard that serves nodes meanwhile `rests`: until
+        it has an expert, tokens go to where that is.
         """
         held: ExpertWeights = {}
         for turn, (pair, addresses) in enumerate(sources.items()):
@@ -113,7 +114,8 @@ class Siblings:
                     held[pair] = weights
                     on_fetched(len(held))
                     break
-            time.sleep(min(REST * (time.monotonic() - begin_s), REST_S_MAX))
+            if rests:
+                time.sleep(min(REST * (time.monotonic() - begin_s), REST_S_MAX))
         return held
 
     def close(self) -> None:

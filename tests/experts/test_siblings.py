@@ -120,22 +120,19 @@ def test_what_nobody_holds_any_more_is_loaded_first(old, shard_at, monkeypatch):
     assert new.report().fetched_count == len(order) - len(of_the_dead)
 
 
-def test_siblings_are_asked_with_rests(old, shard_at, monkeypatch):
+def test_a_shard_that_serves_rests_between_fetches(old, shard_at, monkeypatch):
     holder, new = old(torch.float32), shard_at("new", memory_address())
-    in_force, placement = grown(holder, new)
     rests_s: list[float] = []
-    clock = SimpleNamespace(now_s=0.0, took_s=iter([0.01, 1.0, *[0.0] * LAYERS * EXPERTS]))
-
-    def monotonic() -> float:
-        """Of each pair of calls, the second comes later."""
-        clock.calls_count = getattr(clock, "calls_count", 0) + 1
-        clock.now_s += next(clock.took_s) if clock.calls_count % 2 == 0 else 0.0
-        return clock.now_s
-
-    monkeypatch.setattr(siblings, "time", SimpleNamespace(monotonic=monotonic, sleep=rests_s.append))
+    times_s: list[float] = []  # when fetches begin and end; the others all at once
+    clock = SimpleNamespace(monotonic=lambda: times_s.pop(0) if times_s else 0.0, sleep=rests_s.append)
+    monkeypatch.setattr(siblings, "time", clock)
+    in_force, placement = grown(holder, new)
     new.adopt(placement, in_force=in_force, alive={"old", "new"})
+    assert rests_s == [], "nobody waits for a shard that has no experts yet, and all for its experts"
+    times_s += [0.0, 0.01, 1.0, 2.0]
+    new.adopt(placed_on(new, epoch=3), in_force=placement, alive={"old", "new"})
     assert rests_s[:2] == [pytest.approx(siblings.REST * 0.01), siblings.REST_S_MAX]
-    assert len(rests_s) == len(placement.experts_of("new"))
+    assert len(rests_s) == new.report().fetched_count - LAYERS * EXPERTS // 2 == LAYERS * EXPERTS // 2
 
 
 def test_a_dead_sibling_is_not_waited_for_again_and_again(old, shard_at):
