@@ -4,6 +4,7 @@ import asyncio
 import gc
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
 from cluster.tracing import start_tracing, stop_tracing
 from cluster.view import DRAINING, READY, STARTING, Member, View
 from experts.config import ShardConfig
+from experts.homes import are_all_housed
 from experts.shard import ExpertShard
 from kernels.model.checkpoint import Checkpoint
 from kernels.model.moe import NoExperts
 from kernels.model.transformer import Transformer
 
 QUIET_S = 0.5
-SWITCH_S = 0.0005  # for which the thread that computes waits for others, again and again in a step
+SWITCH_S = 0.0005  # the longest that another thread keeps the interpreter from the one that computes
 ROLE_DRAIN_S = 3.0  # other nodes go on with what takes longer, by the tokens so far
 
 
@@ -162,10 +164,24 @@ class ShardActor:
         if view.placement is None or view.placement.epoch <= self.shard.epoch:
             return
         alive = {member.name for member in view.of_kind(self.kind)}
-        given = (view.placement, self._progress, view.placement_in_force, alive)
+        is_urgent = self._urgency(view)
+        given = (view.placement, self._progress, view.placement_in_force, alive, is_urgent)
         await asyncio.to_thread(self.shard.adopt, *given)
         self.loaded_share = 1.0
         await self.heartbeat.announce()  # before the next placement hides that this one was loaded
+
+    def _urgency(self, view: View) -> Callable[[], bool]:
+        """Whether others wait for what a view has this shard load: tokens, leaving shards, or placements."""
+        stay = {member.name for member in view.of_kind(self.kind) if member.state != DRAINING}
+        in_force = view.placement_in_force
+        is_awaited = in_force is None or not are_all_housed(in_force, stay)
+
+        def is_urgent() -> bool:
+            newest = self.heartbeat.view.placement
+            is_overtaken = newest is not None and newest.epoch > view.placement.epoch
+            return is_awaited or is_overtaken or self._is_leaving
+
+        return is_urgent
 
     def _progress(self, done: int, total: int) -> None:
         self.loaded_share = done / total

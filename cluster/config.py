@@ -159,9 +159,10 @@ class DecodeSection(Section):
     resources: Resources = Field(
         {}, description="Ray resources that each actor takes, such as {GPU: 1}; they choose its host"
     )
-    micro_batches: Literal[1, 2] = Field(
-        1,
-        description="2: one half of a step computes while the other's tokens are with the experts; on GPUs",
+    micro_batches: Literal[1, 2] | None = Field(
+        None,
+        description="2: one half of a step computes while the other's tokens are with the experts; "
+        "empty: 2 on GPUs, 1 on CPUs, which are never idle",
     )
 
 

@@ -51,7 +51,7 @@ class Coordinator:
         await self.operations.start()
 
     async def heartbeat(self, member: Member) -> View:
-        """Take a member's word and tell it what everybody has said."""
+        """Take a member's word and tell it what it goes by."""
         self._scaler.recall(member.holds)
         view = self._membership.heartbeat(replace(member, holds=()), time.monotonic())
         return replace(view, holds=self._scaler.autoscaler.holds)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from cluster.view import DRAINING, READY, Member, View, without_load
 from decode.messages import NodeReport
 from experts.errors import PlacementImpossible
-from experts.load import RecentLoad, table_of
+from experts.load import RecentLoad
 from experts.messages import Placement, ShardAddress, ShardReport
 from experts.rebalance import Rebalance, RebalanceConfig, Solve
 from kernels.model.config import ModelConfig
@@ -52,7 +52,7 @@ class Membership:
         self._roles: dict[str, str] = {}
 
     def heartbeat(self, member: Member, now_s: float) -> View:
-        """Take a member's word and tell it what everybody has said."""
+        """Take a member's word and tell it what it goes by."""
         self._forgive(now_s)
         self._forget_predecessor(member)
         self._learn(member, now_s)
@@ -131,8 +131,8 @@ class Membership:
         is_news = now_s - self._observed_s.get(member.name, -OBSERVE_S) >= OBSERVE_S
         if isinstance(member.report, ShardReport) and member.report.load and is_news:
             self._observed_s[member.name] = now_s
-            table = table_of(member.report.load, len(self._model.moe_layers))
-            self.experts.observe(member.name, table, now_s)
+            totals = self.experts.load.read(member.name, member.report.load)
+            self.experts.observe(member.name, totals, now_s)
         known = self._known_placement
         if member.placement is not None and (known is None or member.placement.epoch > known.epoch):
             self._known_placement = member.placement

@@ -101,11 +101,14 @@ class Post:
 
     async def _follow(self, view: View) -> None:
         """Go by a newer placement, and hear which role is wanted here."""
+        before_epoch = self.experts.epoch
         if view.placement_in_force is not None:
             self.experts.adopt(view.placement_in_force)
         role = view.roles.get(self.name, self.kind)
         if role != self.kind and self.state == READY:
             self._on_role(role)
+        if self.experts.epoch > before_epoch:  # shards wait to hear it from every node
+            await self._heartbeat.announce()
 
 
 def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNode:
@@ -128,13 +131,14 @@ def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNo
 def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode:
     """A decode node as configured."""
     section = place.config.decode
+    micro_batches = section.micro_batches or (1 if transformer.device.type == "cpu" else 2)
     config = DecodeConfig(
         name,
         place.address(name),
         place.secret,
         section.latents_bytes,
         section.requests_max,
-        section.micro_batches,
+        micro_batches,
         place.config.transport.lease_s,
         place.tensors_address(name),
         packs_latents=place.config.model.latents == "fp8",

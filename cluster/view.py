@@ -11,7 +11,7 @@ from experts.messages import Placement, ShardReport
 STARTING, READY, DRAINING = "starting", "ready", "draining"
 BEAT_S = 0.5
 HURRY_S = 0.05
-HURRIED_BEATS_PER_S = 30.0  # of all members together: each costs the coordinator a millisecond or two
+HURRIED_BEATS_PER_S = 30.0  # of all members; where there are more, they keep to their usual beat
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Member:
 
 @dataclass(frozen=True)
 class View:
-    """What the coordinator knows, as it goes back to every member.
+    """What the coordinator knows; each member is told its part of it.
 
     `placement` is what shards are to load; once all have it, it is also `placement_in_force`: nodes go by it.
     """
@@ -98,7 +98,10 @@ class View:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request could be served: a node of each kind goes by some placement."""
+        """Whether a request could be served: a node of each kind goes by some placement.
+
+        This and `is_settled` are for who sees all members.
+        """
         kinds = {node.kind for node in self._nodes_ready() if node.report.experts_epoch > 0}
         return self.placement_in_force is not None and {"prefill", "decode"} <= kinds
 

@@ -1,7 +1,7 @@
 """From some homes of experts to others: pure functions over the tables that placements carry."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from experts.messages import Homes, Placement, ShardAddress
 
@@ -26,12 +26,19 @@ def homes_among(placement: Placement, shards: tuple[ShardAddress, ...]) -> Homes
     )
 
 
-def moves_between(before: Homes, after: Homes) -> int:
-    """Replicas that must be loaded."""
-    return sum(
-        len(set(new) - set(old))
+def are_all_housed(placement: Placement, names: Set[str]) -> bool:
+    """Whether every expert of a placement has a home on one of the shards called `names`."""
+    among = {index for index, shard in enumerate(placement.shards) if shard.name in names}
+    return not any(among.isdisjoint(home) for homes in placement.homes for home in homes)
+
+
+def loads_between(before: Homes, after: Homes) -> Counter[int]:
+    """Replicas that each shard must load."""
+    return Counter(
+        shard
         for homes, goal in zip(before, after, strict=True)
         for old, new in zip(homes, goal, strict=True)
+        for shard in set(new) - set(old)
     )
 
 

@@ -24,13 +24,8 @@ class ExpertLoad:
         return int(self._slots.sum())
 
     def told(self) -> bytes:
-        """The table as it travels, for `table_of`: a large model's has many thousand numbers."""
-        return self._slots.tobytes()
-
-
-def table_of(told: bytes, layers_count: int) -> np.ndarray:
-    """Slots `[layers, experts]` int64 that a shard told; raises ValueError for what is no such table."""
-    return np.frombuffer(told, dtype=np.int64).reshape(layers_count, -1)
+        """The table as it travels, for `RecentLoad.read`: counts beyond 32 bits begin again at 0."""
+        return self._slots.astype(np.uint32).tobytes()
 
 
 class RecentLoad:
@@ -56,6 +51,16 @@ class RecentLoad:
         self._forget(now_s)
         if before is not None and (table >= before).all():
             self._memories += table - before
+
+    def read(self, shard: str, told: bytes) -> np.ndarray:
+        """Totals `[layers, experts]` from what a shard told; raises ValueError for what is no such table."""
+        low = np.frombuffer(told, dtype=np.uint32).reshape(self._memories.shape[1:])
+        before = self._totals.get(shard)
+        if before is None:
+            return low.astype(np.int64)
+        more = low - before.astype(np.uint32)
+        is_another = (more > np.iinfo(np.int32).max).any()  # which has begun anew under this name
+        return low.astype(np.int64) if is_another else before + more
 
     def leave(self, shard: str) -> None:
         """A shard has gone; what it computed is still remembered."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from experts.balance import balance_of, shard_loads
 from experts.errors import ExpertsMoving
-from experts.homes import check_homes, homes_among, moves_between, steps_between, with_homes
+from experts.homes import check_homes, homes_among, loads_between, steps_between, with_homes
 from experts.load import RecentLoad
 from experts.messages import Homes, Placement, ShardAddress
 from experts.placement import housed
@@ -49,9 +49,11 @@ class Forecast:
     slowness_after: float
     moves_count: int
     bytes_count: int
+    fullest_bytes: int
+    """What the shard loads that loads most; the others load meanwhile."""
     steps_count: int
     time_s: float | None
-    """By how long earlier moves took; None before the first."""
+    """By how long such a shard took before; None before the first move."""
 
     @property
     def gain(self) -> float:
@@ -94,7 +96,7 @@ class Rebalance:
         """What a shard could not load, and when that was seen."""
         self._progress: dict[str, tuple[int, float]] = {}
         self._progress_s: dict[str, float] = {}
-        self._bytes_per_s: float | None = None
+        self._bytes_per_s: float | None = None  # of one shard
 
     @property
     def is_moving(self) -> bool:
@@ -215,7 +217,7 @@ class Rebalance:
         if not self._steps and self._trial is not None:
             self._trial.slots_before = self._computed()
             loading_s = max(now_s - self._trial.begin_s, 1e-3)
-            self._bytes_per_s = max(self._trial.forecast.bytes_count, 1) / loading_s
+            self._bytes_per_s = max(self._trial.forecast.fullest_bytes, 1) / loading_s
             self._rest_until_s = now_s + self._pause_s
 
     def _stuck(self, epochs: Mapping[str, int], now_s: float) -> set[str]:
@@ -307,8 +309,9 @@ class Rebalance:
         self._steps = deque(steps_between(self.in_force.homes, homes, *limits))
 
     def _forecast(self, homes: Homes) -> Forecast:
-        moves_count = moves_between(self.in_force.homes, homes)
-        bytes_count = moves_count * self._expert_bytes
+        loads = loads_between(self.in_force.homes, homes)
+        moves_count = loads.total()
+        fullest_bytes = max(loads.values(), default=0) * self._expert_bytes
         limits = (self._expert_bytes, self.config.step_bytes_max)
         return Forecast(
             self.in_force.epoch,
@@ -317,9 +320,10 @@ class Rebalance:
             self._slowness(self.in_force.homes),
             self._slowness(homes),
             moves_count,
-            bytes_count,
+            moves_count * self._expert_bytes,
+            fullest_bytes,
             sum(1 for _ in steps_between(self.in_force.homes, homes, *limits)),
-            bytes_count / self._bytes_per_s if self._bytes_per_s else None,
+            fullest_bytes / self._bytes_per_s if self._bytes_per_s else None,
         )
 
     @property

@@ -115,11 +115,13 @@ class ExpertShard:
         on_progress: ProgressCallback | None = None,
         in_force: Placement | None = None,
         alive: Set[str] = frozenset(),
+        is_urgent: Callable[[], bool] = lambda: False,
     ) -> None:
         """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread.
 
         What shards called `alive`, also those that are to leave, hold by the placement `in_force` comes from
-        them, the rest from the checkpoint. Progress is in experts, wherever they come from.
+        them, the rest from the checkpoint. Progress is in experts, wherever they come from. Where nodes are
+        served meanwhile, and on cores, it is done with rests unless it `is_urgent`.
         """
         before = self._holding
         if placement.epoch <= before.epoch:
@@ -130,7 +132,7 @@ class ExpertShard:
         others = alive - {self.config.name}
         sources = sources_of(missing, in_force, others) if in_force is not None else {}
         with torch.cuda.stream(self._loading):  # so that what is computed meanwhile does not wait
-            loaded = self._loaded(missing, sources, on_progress)
+            loaded = self._loaded(missing, sources, on_progress, is_urgent)
             held |= loaded
             largest = largest_layer(wanted)
             if len(largest) > self._compiled_count:  # as after a death: kernels are compiled by that number
@@ -146,23 +148,21 @@ class ExpertShard:
         missing: Sequence[tuple[int, int]],
         sources: dict[tuple[int, int], list[str]],
         on_progress: ProgressCallback | None,
+        is_urgent: Callable[[], bool],
     ) -> ExpertWeights:
-        """Experts on this shard's device: first those that no sibling has, for nobody computes them now."""
-        held: ExpertWeights = {}
+        """Experts on this shard's device, from siblings that give them, the rest from the checkpoint."""
 
-        def tell(count: int, _: int = 0) -> None:
+        def tell(loaded_count: int) -> None:
             if on_progress is not None:
-                on_progress(len(held) + count, len(missing))
+                on_progress(loaded_count, len(missing))
 
-        def read(experts: Sequence[tuple[int, int]]) -> ExpertWeights:
-            where = (self._device, self._format.is_fp8)
-            return load_experts(self._checkpoint, experts, self._dtype, tell, *where)
-
-        held.update(read([expert for expert in missing if not sources.get(expert)]))
-        elsewhere = {expert: addresses for expert, addresses in sources.items() if addresses}
-        held.update(self._fetched(elsewhere, tell) if elsewhere else {})
-        held.update(read([expert for expert in missing if expert not in held]))
-        return held
+        held = self._fetched(sources, tell, is_urgent) if sources else {}
+        rest = [expert for expert in missing if expert not in held]
+        where = (self._device, self._format.is_fp8)
+        loaded = load_experts(
+            self._checkpoint, rest, self._dtype, lambda count, _: tell(len(held) + count), *where
+        )
+        return held | loaded
 
     def _compile_for(self, experts: Sequence[GatedWeights]) -> None:
         """Compile before any node waits: that takes as long as a shard may be silent."""
@@ -179,11 +179,15 @@ class ExpertShard:
                 part.record_stream(torch.cuda.current_stream(self._device))
 
     def _fetched(
-        self, sources: dict[tuple[int, int], list[str]], on_fetched: Callable[[int], None]
+        self,
+        sources: dict[tuple[int, int], list[str]],
+        on_fetched: Callable[[int], None],
+        is_urgent: Callable[[], bool],
     ) -> ExpertWeights:
+        serves_on_cores = bool(self._holding.experts) and self._device.type == "cpu"
         siblings = Siblings(self.config, self._format, self._device)
         try:
-            held = siblings.fetch(sources, on_fetched, rests=bool(self._holding.experts))
+            held = siblings.fetch(sources, on_fetched, lambda: serves_on_cores and not is_urgent())
         finally:
             siblings.close()
         self._fetched_count += len(held)

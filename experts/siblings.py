@@ -24,8 +24,8 @@ from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
 
 CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
-FETCH_TIMEOUT_S = 5.0
-REST = 4.0  # times as long as a fetch took, where cores are few and both shards compute on them
+FETCH_TIMEOUT_S = 20.0  # in which others that ask the same sibling get theirs
+REST = 4.0  # times as long as a fetch took: both shards compute for nodes meanwhile, and cores may be few
 REST_S_MAX = 0.25
 
 
@@ -93,20 +93,23 @@ class Siblings:
         self._device = device
         self._channels: dict[str, StreamChannel | None] = {}
         self._fetch_ids = itertools.count(1)
+        self._first_turn = zlib.crc32(config.name.encode())  # not all ask the same sibling first
 
     def fetch(
         self,
         sources: Mapping[tuple[int, int], Sequence[str]],
         on_fetched: Callable[[int], None],
-        rests: bool = False,
+        may_rest: Callable[[], bool] = lambda: False,
     ) -> ExpertWeights:
         """What siblings give of some (layer, expert) pairs, each asked for at its addresses; maybe less.
 
-        `on_fetched` is told after each how many there are. A shard that serves nodes meanwhile `rests`: until
-        it has an expert, tokens go to where that is.
+        `on_fetched` is told after each how many there are. Between one and the next it rests if it may.
         """
         held: ExpertWeights = {}
-        for turn, (pair, addresses) in enumerate(sources.items()):
+        took_s = 0.0
+        for turn, (pair, addresses) in enumerate(sources.items(), self._first_turn):
+            if took_s and may_rest():
+                time.sleep(min(REST * took_s, REST_S_MAX))
             begin_s = time.monotonic()
             for place in range(len(addresses)):
                 weights = self._ask(addresses[(turn + place) % len(addresses)], *pair)
@@ -114,8 +117,7 @@ class Siblings:
                     held[pair] = weights
                     on_fetched(len(held))
                     break
-            if rests:
-                time.sleep(min(REST * (time.monotonic() - begin_s), REST_S_MAX))
+            took_s = time.monotonic() - begin_s
         return held
 
     def close(self) -> None:

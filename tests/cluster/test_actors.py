@@ -1,7 +1,8 @@
 """A shard's actor without Ray: what it says of itself, what it keeps while experts move, whom it asks."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +33,13 @@ class Shard(ShardActor):
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch) -> None:
-    """No waiting for others to notice, no change of this process's logs."""
+def hurried(monkeypatch) -> Iterator[None]:
+    """No waiting for others to notice, no lasting change of this process."""
     monkeypatch.setattr(actors, "QUIET_S", 0.01)
     monkeypatch.setattr(actors, "begin_logs", lambda *_: None)
+    before_s = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before_s)
 
 
 @pytest.fixture
@@ -141,5 +145,33 @@ def test_what_a_leaving_shard_holds_comes_from_it(place):
             members[1] = replace(members[1], state=DRAINING)
             await stays.on_view(replace(view, members=tuple(members)))
             assert stays.describe().report.fetched_count == len(both.experts_of(leaves.name)) > 0
+
+    asyncio.run(run())
+
+
+def test_only_what_others_wait_for_is_urgent(place):
+    async def run() -> None:
+        async with acting(place, Coordinator()) as one, acting(place, Coordinator()) as other:
+            both = placed(one, other, epoch=1)
+            for shard in (one, other):
+                await shard.on_view(told(one, other, placement=both))
+            view = told(one, other, placement=replace(both, epoch=2), in_force=both)
+            is_urgent = one._urgency(view)
+            assert not is_urgent(), "experts only move"
+            one.heartbeat.view = replace(view, placement=replace(both, epoch=3))
+            assert is_urgent(), "another placement waits"
+            one.heartbeat.view = view
+            assert one._urgency(replace(view, placement_in_force=None))(), "the cluster begins"
+            assert one._urgency(replace(view, members=view.members[:1]))(), "some experts are nowhere"
+            leaving = tuple(replace(member, state=DRAINING) for member in view.members[1:])
+            assert one._urgency(replace(view, members=view.members[:1] + leaving))(), "a shard is to leave"
+
+    asyncio.run(run())
+
+
+def test_who_computes_waits_for_no_other_thread_for_long(place):
+    async def run() -> None:
+        async with acting(place, Coordinator()):
+            assert sys.getswitchinterval() == pytest.approx(actors.SWITCH_S)
 
     asyncio.run(run())

@@ -43,7 +43,7 @@ def test_a_folder_is_enough(tmp_path):
         512,
         64,
     )
-    assert (config.threads_per_actor, config.decode.micro_batches) == (1, 1)
+    assert (config.threads_per_actor, config.decode.micro_batches) == (1, None)
     with pytest.raises(ValidationError):
         config.gateway.port = 1
 

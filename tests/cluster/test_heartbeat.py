@@ -25,6 +25,7 @@ class Coordinator:
         self.heard: list[Member] = []
         self.left: list[str] = []
         self.error: BaseException | None = None
+        self.pace_s = 0.001
         self.heartbeat = Method(self._hear)
         self.leave = Method(self._leave)
 
@@ -32,7 +33,7 @@ class Coordinator:
         self.heard.append(member)
         if self.error is not None:
             raise self.error
-        return View((member,), pace_s=0.001)
+        return View((member,), pace_s=self.pace_s)
 
     async def _leave(self, name: str) -> None:
         self.left.append(name)
@@ -64,6 +65,24 @@ def test_beats_views_and_leaving():
         assert coordinator.left == ["m"]
 
     asyncio.run(run())
+
+
+def test_the_coordinator_sets_the_pace():
+    async def run() -> None:
+        coordinator = Coordinator()
+        coordinator.pace_s = 30.0
+        heartbeat = Heartbeat(coordinator, describe, on_view=nothing)
+        heartbeat.start()
+        await until(lambda: coordinator.heard)
+        await asyncio.sleep(0.05)
+        assert len(coordinator.heard) == 1
+        await heartbeat.stop()
+
+    asyncio.run(run())
+
+
+async def nothing(_: View) -> None:
+    """What a member does that only looks."""
 
 
 def test_slow_following_stops_no_heartbeat_and_runs_once_at_a_time():

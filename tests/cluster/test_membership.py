@@ -24,6 +24,7 @@ from experts.plan import Planner
 from experts.rebalance import RebalanceConfig
 from kernels.model.config import ModelConfig
 
+RAY_INLINE_BYTES_MAX = 100 * 1024
 FOLDER = "examples/trivium-small"
 
 
@@ -328,6 +329,10 @@ def test_what_each_of_hundreds_is_told_is_short():
         name: town.membership.heartbeat(replace(town.members[name], epochs_known=placements), town.now_s)
         for name in ("shard-000", "decode-000")
     }
+    loaded = town.members["shard-000"]
+    many = bytes(chance % 251 for chance in range(58 * 256 * 4))
+    loaded = replace(loaded, report=replace(loaded.report, load=many))
+    assert len(pickle.dumps(loaded)) < RAY_INLINE_BYTES_MAX, "what is longer goes through Ray's object store"
     sizes = {name: len(pickle.dumps(view)) for name, view in told.items()}
     assert sizes["decode-000"] < 1000 and sizes["shard-000"] < 20_000
 

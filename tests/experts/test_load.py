@@ -2,7 +2,7 @@
 
 import pytest
 
-from experts.load import ExpertLoad, RecentLoad, table_of
+from experts.load import ExpertLoad, RecentLoad
 
 
 def test_slots_are_counted_where_they_fall():
@@ -10,7 +10,7 @@ def test_slots_are_counted_where_they_fall():
     load.add(3, [0, 2], [5, 1])
     load.add(4, (3,), (7,))
     load.add(3, [2], [10])
-    assert table_of(load.told(), 2).tolist() == [[5, 0, 11, 0], [0, 0, 0, 7]]
+    assert RecentLoad(2, 4, 1.0, 1.0).read("a", load.told()).tolist() == [[5, 0, 11, 0], [0, 0, 0, 7]]
     assert load.slots_count == 23
 
 
@@ -18,15 +18,31 @@ def test_the_table_is_a_copy():
     load = ExpertLoad(0, 1, 2)
     before = load.told()
     load.add(0, [1], [1])
-    assert [table_of(told, 1).tolist() for told in (before, load.told())] == [[[0, 0]], [[0, 1]]]
+    assert [recent().read("a", told).tolist() for told in (before, load.told())] == [[[0, 0]], [[0, 1]]]
 
 
 def test_what_is_no_table_is_refused():
-    told = ExpertLoad(0, 3, 2).told()
+    told = ExpertLoad(0, 1, 2).told()
     with pytest.raises(ValueError, match="reshape"):
-        table_of(told, 4)
+        recent().read("a", 2 * told)
     with pytest.raises(ValueError, match="multiple"):
-        table_of(told[:-1], 3)
+        recent().read("a", told[:-1])
+
+
+def test_counts_go_on_beyond_32_bits():
+    load, counted = recent(), ExpertLoad(0, 1, 2)
+    for count in (0, 1 << 31, 1 << 30, 1 << 30, 7):
+        counted.add(0, [0], [count])
+        totals = load.read("a", counted.told())
+        load.observe("a", totals, 0.0)
+    assert totals.tolist() == [[(1 << 32) + 7, 0]] and load.slots_count == (1 << 32) + 7
+
+
+def test_a_shard_that_begins_anew_under_its_name_adds_nothing():
+    load, counted = recent(), ExpertLoad(0, 1, 2)
+    load.observe("a", [[9, 9]], 0.0)
+    load.observe("a", load.read("a", counted.told()), 0.0)
+    assert load.slots_count == 0
 
 
 def recent(half_life_s: float = 10.0, burst_half_life_s: float = 1.0) -> RecentLoad:

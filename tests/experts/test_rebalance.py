@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from experts.balance import balance_of, shard_loads
 from experts.config import PlanConfig
 from experts.errors import ExpertsMoving
-from experts.homes import check_homes, homes_among, steps_between, with_homes
+from experts.homes import (
+    are_all_housed,
+    check_homes,
+    homes_among,
+    loads_between,
+    steps_between,
+    with_homes,
+)
 from experts.load import RecentLoad
 from experts.messages import Homes, Placement, ShardAddress
 from experts.placement import even_homes
@@ -29,16 +36,6 @@ FIRST_LAYER = 1
 def addresses(names: str) -> tuple[ShardAddress, ...]:
     """Shards by letters."""
     return tuple(ShardAddress(name, f"memory://{name}", f"host-{name}") for name in names)
-
-
-def loads_by_shard(before: Homes, after: Homes) -> Counter[int]:
-    """Replicas that each shard must load."""
-    return Counter(
-        shard
-        for homes, goal in zip(before, after, strict=True)
-        for old, new in zip(homes, goal, strict=True)
-        for shard in set(new) - set(old)
-    )
 
 
 class Group:
@@ -97,7 +94,7 @@ class Group:
         assert (after.epoch == before.epoch) == (after is before), "another table has another epoch"
         check_homes(after.homes, after)
         if after.shards == before.shards:
-            loads = loads_by_shard(before.homes, after.homes).values()
+            loads = loads_between(before.homes, after.homes).values()
             self.loaded_max = max(self.loaded_max, *loads, 0)
 
     @property
@@ -205,7 +202,7 @@ def test_a_person_may_look_before_and_move_at_will():
     group.turn(4, SKEWED)
     forecast = group.rebalance.forecast()
     assert forecast.gain > 0.9 and forecast.slowness_before > 1.9 > 1.01 > forecast.slowness_after
-    assert forecast.bytes_count == forecast.moves_count * EXPERT_BYTES
+    assert forecast.bytes_count == forecast.moves_count * EXPERT_BYTES == 2 * forecast.fullest_bytes
     assert forecast.steps_count == 2 and forecast.time_s is None
     group.rebalance.move_to(forecast.homes, forecast.epoch, group.now_s)
     with pytest.raises(ExpertsMoving, match="ask again"):
@@ -269,7 +266,7 @@ def test_on_any_way_every_expert_has_a_home_and_no_step_loads_too_much(
     assert (steps[-1] if steps else before) == after
     here = before
     for step in steps:
-        loaded = loads_by_shard(here, step)
+        loaded = loads_between(here, step)
         changed = sum(
             old != new for a, b in zip(here, step, strict=True) for old, new in zip(a, b, strict=True)
         )
@@ -313,6 +310,12 @@ def test_whatever_happens_no_expert_is_ever_without_a_home(data):
     group.deaf = set()
     group.turn(60)  # what a person wished, the load may undo after a pause
     assert not group.rebalance.is_moving and not group.rebalance.is_stalled
+
+
+def test_homes_on_some_shards_may_be_homes_of_all():
+    placement = Placement(1, 0, addresses("abc"), (((0,), (1, 2), (2,)),))
+    assert are_all_housed(placement, {"a", "c", "who has left"})
+    assert not are_all_housed(placement, {"a", "b"})
 
 
 def test_homes_are_followed_by_name():

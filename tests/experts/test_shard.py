@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import experts.shard
-from experts.load import table_of
+from experts.load import RecentLoad
 from experts.messages import COMBINE, DISPATCH, REFUSED, DispatchHeader, Placement, ShardAddress
 from experts.shard import ExpertShard
 from kernels.ops.sort_by_expert import sort_by_expert
@@ -346,7 +346,7 @@ def test_it_reports_what_it_did(shard, node):
     assert (report.name, report.address, report.epoch) == ("one", shard.address, 1)
     assert report.experts_count == 2 * EXPERTS and report.slots_count == 40
     expected = [[0] * EXPERTS, torch.bincount(ids.flatten(), minlength=EXPERTS).tolist()]
-    assert table_of(report.load, 2).tolist() == expected
+    assert RecentLoad(2, EXPERTS, 1.0, 1.0).read("one", report.load).tolist() == expected
 
 
 def test_it_serves_in_a_thread_until_closed(shard_at, node_of, local):

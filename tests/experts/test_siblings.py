@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import accumulate, chain, cycle
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from experts import shard, siblings
+from experts import siblings
 from experts.messages import FETCH, REFUSED, WEIGHTS, Placement, ShardAddress
 from experts.placement import even_placement
 from experts.shard import ExpertShard
@@ -54,11 +54,6 @@ def old(shard_at) -> Callable[[torch.dtype], ExpertShard]:
     return make
 
 
-def weights_at(address: ShardAddress, holder: ExpertShard) -> ShardAddress:
-    """The same shard, with its weights where `holder` gives its own."""
-    return replace(address, weights_address=holder.weights_address)
-
-
 def grown(old: ExpertShard, new: ExpertShard) -> tuple[Placement, Placement]:
     """What is in force, and a newer placement over both shards."""
     return placed_on(old, epoch=1), placed_on(old, new, epoch=2)
@@ -96,43 +91,40 @@ def test_what_comes_from_siblings_and_from_the_checkpoint_is_one_progress(old, s
     assert told == [(done, count) for done in [*range(1, count - 2), count]]
 
 
-def test_what_nobody_holds_any_more_is_loaded_first(old, shard_at, monkeypatch):
-    """Nobody computes it until then; what siblings give is computed there meanwhile."""
-    holder, new = old(torch.float32), shard_at("new", memory_address())
-    in_force = placed({"dead": memory_address(), "old": holder.address})
-    of_the_dead, order = in_force.experts_of("dead"), []
-    load_experts, ask = shard.load_experts, siblings.Siblings._ask
-
-    def load(checkpoint, experts, *others):
-        order.extend(experts)
-        return load_experts(checkpoint, experts, *others)
-
-    def asked(self, address, *pair):
-        order.append(pair)
-        return ask(self, address, *pair)
-
-    monkeypatch.setattr(shard, "load_experts", load)
-    monkeypatch.setattr(siblings.Siblings, "_ask", asked)
-    in_force = replace(in_force, shards=tuple(weights_at(one, holder) for one in in_force.shards))
-    new.adopt(placed({"new": new.address}, epoch=2), in_force=in_force, alive={"old", "new"})
-    assert order[: len(of_the_dead)] == of_the_dead
-    assert sorted(order) == sorted(new._holding.experts)
-    assert new.report().fetched_count == len(order) - len(of_the_dead)
-
-
-def test_a_shard_that_serves_rests_between_fetches(old, shard_at, monkeypatch):
-    holder, new = old(torch.float32), shard_at("new", memory_address())
+@pytest.fixture
+def rests_s(monkeypatch) -> list[float]:
+    """The rests taken, where each fetch takes 10 ms, but the second a second."""
     rests_s: list[float] = []
-    times_s: list[float] = []  # when fetches begin and end; the others all at once
-    clock = SimpleNamespace(monotonic=lambda: times_s.pop(0) if times_s else 0.0, sleep=rests_s.append)
+    times_s = accumulate(chain([0.0, 0.01, 0.0, 1.0], cycle([0.0, 0.01])))
+    clock = SimpleNamespace(monotonic=lambda: next(times_s), sleep=rests_s.append)
     monkeypatch.setattr(siblings, "time", clock)
+    return rests_s
+
+
+def test_a_shard_that_serves_rests_between_fetches(old, shard_at, rests_s):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    placement = placed_on(holder, new, epoch=1)
+    new.adopt(placement)
+    new.adopt(placed_on(new, epoch=2), in_force=placement, alive={"old", "new"})
+    count = new.report().fetched_count
+    assert rests_s[:2] == [pytest.approx(siblings.REST * 0.01), siblings.REST_S_MAX]
+    assert count == LAYERS * EXPERTS // 2 == len(rests_s) + 1
+
+
+def test_who_has_no_experts_yet_takes_no_rests(old, shard_at, rests_s):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
     in_force, placement = grown(holder, new)
     new.adopt(placement, in_force=in_force, alive={"old", "new"})
-    assert rests_s == [], "nobody waits for a shard that has no experts yet, and all for its experts"
-    times_s += [0.0, 0.01, 1.0, 2.0]
-    new.adopt(placed_on(new, epoch=3), in_force=placement, alive={"old", "new"})
-    assert rests_s[:2] == [pytest.approx(siblings.REST * 0.01), siblings.REST_S_MAX]
-    assert len(rests_s) == new.report().fetched_count - LAYERS * EXPERTS // 2 == LAYERS * EXPERTS // 2
+    assert new.report().fetched_count == LAYERS * EXPERTS // 2 and rests_s == []
+
+
+def test_what_has_become_urgent_is_fetched_without_rests(old, shard_at, rests_s):
+    holder, new = old(torch.float32), shard_at("new", memory_address())
+    placement = placed_on(holder, new, epoch=1)
+    new.adopt(placement)
+    given = (None, placement, {"old", "new"}, lambda: len(rests_s) == 3)
+    new.adopt(placed_on(new, epoch=2), *given)
+    assert new.report().fetched_count > 4 and len(rests_s) == 3
 
 
 def test_a_dead_sibling_is_not_waited_for_again_and_again(old, shard_at):
