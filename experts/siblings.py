@@ -25,7 +25,7 @@ from kernels.transport.tensors import as_bytes
 
 CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
 FETCH_TIMEOUT_S = 20.0  # in which others that ask the same sibling get theirs
-REST = 4.0  # times as long as a fetch took: both shards compute for nodes meanwhile, and cores may be few
+REST = 6.0  # times as long as a fetch took: both shards compute for nodes meanwhile, and cores may be few
 REST_S_MAX = 0.25
 
 
