@@ -24,7 +24,7 @@ from kernels.model.moe import NoExperts
 from kernels.model.transformer import Transformer
 
 QUIET_S = 0.5
-SWITCH_S = 0.0005  # the longest that another thread keeps the interpreter from the one that computes
+SWITCH_S = 0.0005  # after which the thread that computes asks others for the interpreter
 ROLE_DRAIN_S = 3.0  # other nodes go on with what takes longer, by the tokens so far
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cluster.config import DecodeSection
 from cluster.heartbeat import FAREWELL_S, Heartbeat, host_and_pid, member_name
 from cluster.place import Place
 from cluster.tracing import start_tracing, stop_tracing
@@ -107,7 +108,7 @@ class Post:
         role = view.roles.get(self.name, self.kind)
         if role != self.kind and self.state == READY:
             self._on_role(role)
-        if self.experts.epoch > before_epoch:  # shards wait to hear it from every node
+        if self.state != STARTING and self.experts.epoch > before_epoch:  # shards wait for every node's word
             await self._heartbeat.announce()
 
 
@@ -131,20 +132,25 @@ def make_prefill(name: str, place: Place, transformer: Transformer) -> PrefillNo
 def make_decode(name: str, place: Place, transformer: Transformer) -> DecodeNode:
     """A decode node as configured."""
     section = place.config.decode
-    micro_batches = section.micro_batches or (1 if transformer.device.type == "cpu" else 2)
     config = DecodeConfig(
         name,
         place.address(name),
         place.secret,
         section.latents_bytes,
         section.requests_max,
-        micro_batches,
+        micro_batches(section, transformer),
         place.config.transport.lease_s,
         place.tensors_address(name),
         packs_latents=place.config.model.latents == "fp8",
         step_s_max=step_s_max(place),
     )
     return DecodeNode(config, transformer)
+
+
+def micro_batches(section: DecodeSection, transformer: Transformer) -> int:
+    """As configured, else two where something is idle while tokens are with the experts."""
+    travels = transformer.device.type != "cpu" and bool(transformer.config.moe_layers)
+    return section.micro_batches or (2 if travels else 1)
 
 
 def step_s_max(place: Place) -> float:

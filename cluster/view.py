@@ -11,7 +11,7 @@ from experts.messages import Placement, ShardReport
 STARTING, READY, DRAINING = "starting", "ready", "draining"
 BEAT_S = 0.5
 HURRY_S = 0.05
-HURRIED_BEATS_PER_S = 30.0  # of all members; where there are more, they keep to their usual beat
+HURRIED_BEATS_PER_S = 30.0  # of all members together; from fifteen members on it is their usual beat
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class RecentLoad:
         if before is None:
             return low.astype(np.int64)
         more = low - before.astype(np.uint32)
-        is_another = (more > np.iinfo(np.int32).max).any()  # which has begun anew under this name
+        is_another = (
+            more > np.iinfo(np.int32).max
+        ).any()  # which has begun anew under this name, and is no reason to count
         return low.astype(np.int64) if is_another else before + more
 
     def leave(self, shard: str) -> None:

@@ -216,8 +216,9 @@ class Rebalance:
         self.in_force, self.is_stalled = self.placement, False
         if not self._steps and self._trial is not None:
             self._trial.slots_before = self._computed()
-            loading_s = max(now_s - self._trial.begin_s, 1e-3)
-            self._bytes_per_s = max(self._trial.forecast.fullest_bytes, 1) / loading_s
+            if self._trial.forecast.fullest_bytes:
+                loading_s = max(now_s - self._trial.begin_s, 1e-3)
+                self._bytes_per_s = self._trial.forecast.fullest_bytes / loading_s
             self._rest_until_s = now_s + self._pause_s
 
     def _stuck(self, epochs: Mapping[str, int], now_s: float) -> set[str]:

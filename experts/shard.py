@@ -120,8 +120,8 @@ class ExpertShard:
         """Load what a newer placement gives this shard; the rest goes once nodes go by it. Any one thread.
 
         What shards called `alive`, also those that are to leave, hold by the placement `in_force` comes from
-        them, the rest from the checkpoint. Progress is in experts, wherever they come from. Where nodes are
-        served meanwhile, and on cores, it is done with rests unless it `is_urgent`.
+        them, the rest from the checkpoint. Progress is in experts, wherever they come from. Unless it is
+        urgent, siblings are asked with rests on CPUs, on which they compute meanwhile.
         """
         before = self._holding
         if placement.epoch <= before.epoch:
@@ -184,10 +184,9 @@ class ExpertShard:
         on_fetched: Callable[[int], None],
         is_urgent: Callable[[], bool],
     ) -> ExpertWeights:
-        serves_on_cores = bool(self._holding.experts) and self._device.type == "cpu"
         siblings = Siblings(self.config, self._format, self._device)
         try:
-            held = siblings.fetch(sources, on_fetched, lambda: serves_on_cores and not is_urgent())
+            held = siblings.fetch(sources, on_fetched, lambda: self._device.type == "cpu" and not is_urgent())
         finally:
             siblings.close()
         self._fetched_count += len(held)

@@ -24,7 +24,7 @@ from kernels.transport.stream import StreamChannel
 from kernels.transport.tensors import as_bytes
 
 CONNECT_TIMEOUT_S = 0.5  # a sibling that has died costs so long, once
-FETCH_TIMEOUT_S = 20.0  # in which others that ask the same sibling get theirs
+FETCH_TIMEOUT_S = 5.0
 REST = 6.0  # times as long as a fetch took: both shards compute for nodes meanwhile, and cores may be few
 REST_S_MAX = 0.25
 
@@ -93,7 +93,7 @@ class Siblings:
         self._device = device
         self._channels: dict[str, StreamChannel | None] = {}
         self._fetch_ids = itertools.count(1)
-        self._first_turn = zlib.crc32(config.name.encode())  # not all ask the same sibling first
+        self._first_turn = zlib.crc32(config.name.encode())  # of several homes, not all ask the same
 
     def fetch(
         self,

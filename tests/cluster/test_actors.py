@@ -160,7 +160,11 @@ def test_only_what_others_wait_for_is_urgent(place):
             assert not is_urgent(), "experts only move"
             one.heartbeat.view = replace(view, placement=replace(both, epoch=3))
             assert is_urgent(), "another placement waits"
-            one.heartbeat.view = view
+            one.heartbeat.view = View()
+            assert not is_urgent(), "nobody has told anything else"
+            one._is_leaving = True
+            assert is_urgent(), "it is to go"
+            one._is_leaving = False
             assert one._urgency(replace(view, placement_in_force=None))(), "the cluster begins"
             assert one._urgency(replace(view, members=view.members[:1]))(), "some experts are nowhere"
             leaving = tuple(replace(member, state=DRAINING) for member in view.members[1:])

@@ -19,6 +19,7 @@ from cluster.view import (
 from decode.messages import NodeReport
 from experts.config import PlanConfig
 from experts.errors import PlacementImpossible
+from experts.load import ExpertLoad
 from experts.messages import Placement, ShardReport
 from experts.plan import Planner
 from experts.rebalance import RebalanceConfig
@@ -330,8 +331,10 @@ def test_what_each_of_hundreds_is_told_is_short():
         for name in ("shard-000", "decode-000")
     }
     loaded = town.members["shard-000"]
-    many = bytes(chance % 251 for chance in range(58 * 256 * 4))
-    loaded = replace(loaded, report=replace(loaded.report, load=many))
+    load = ExpertLoad(3, 58, 256)
+    for layer in range(3, 61):
+        load.add(layer, range(256), range(1 << 30, (1 << 30) + 256))
+    loaded = replace(loaded, report=replace(loaded.report, load=load.told()))
     assert len(pickle.dumps(loaded)) < RAY_INLINE_BYTES_MAX, "what is longer goes through Ray's object store"
     sizes = {name: len(pickle.dumps(view)) for name, view in told.items()}
     assert sizes["decode-000"] < 1000 and sizes["shard-000"] < 20_000

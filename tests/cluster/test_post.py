@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ import torch
 from cluster import actors
 from cluster import post as post_module
 from cluster.actors import DecodeActor, NodeActor, PrefillActor
-from cluster.config import check_config
+from cluster.config import DecodeSection, check_config
 from cluster.heartbeat import Heartbeat
 from cluster.place import Place
 from cluster.post import Post
-from cluster.view import DRAINING, READY, STARTING, Member, View
+from cluster.view import DRAINING, HURRY_S, READY, STARTING, Member, View
 from decode.messages import DOWN, CancelRequest, ReservePages, SamplingParameters
 from decode.node import DecodeNode
 from experts.messages import Placement, ShardAddress
@@ -51,12 +52,13 @@ class Coordinator:
         self.left: list[str] = []
         self.roles: dict[str, str] = {}
         self.placement: Placement | None = None
+        self.pace_s = HURRY_S
         self.heartbeat = Method(self._hear)
         self.leave = Method(self._leave)
 
     async def _hear(self, member: Member) -> View:
         self.heard.append(member)
-        return View((member,), self.placement, self.placement, 0, dict(self.roles))
+        return View((member,), self.placement, self.placement, 0, dict(self.roles), pace_s=self.pace_s)
 
     async def _leave(self, name: str) -> None:
         self.left.append(name)
@@ -214,6 +216,38 @@ def test_two_posts_share_the_weights_and_not_the_experts(place, transformer):
         await asyncio.gather(*(post.close() for post in posts))
 
     asyncio.run(run())
+
+
+def test_a_node_that_goes_by_another_placement_says_so_at_once(place, transformer):
+    async def run() -> None:
+        coordinator = Coordinator()
+        post = Post("decode", "decode", place, coordinator, refuse)
+        await asyncio.to_thread(post.open, transformer)
+        coordinator.pace_s = 30.0
+        await until(lambda: post._heartbeat.view.pace_s == 30.0)
+        coordinator.placement, count = PLACED, len(coordinator.heard)
+        await post._heartbeat.announce()
+        await until(lambda: coordinator.last(post.name).report.experts_epoch == PLACED.epoch)
+        await asyncio.sleep(0.05)
+        assert len(coordinator.heard) == count + 2
+        await post.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("configured", "device", "layers", "expected"),
+    [
+        (None, "cpu", (1, 2), 1),
+        (None, "cuda", (1, 2), 2),
+        (None, "cuda", (), 1),
+        (2, "cpu", (1, 2), 2),
+        (1, "cuda", (1, 2), 1),
+    ],
+)
+def test_a_step_is_split_where_something_would_be_idle(configured, device, layers, expected):
+    model = SimpleNamespace(device=torch.device(device), config=SimpleNamespace(moe_layers=layers))
+    assert post_module.micro_batches(DecodeSection(micro_batches=configured), model) == expected
 
 
 def test_a_role_is_asked_for_once_it_serves_and_only_where_it_is_another(place, transformer):

@@ -209,7 +209,33 @@ def test_a_person_may_look_before_and_move_at_will():
         group.rebalance.move_to(forecast.homes, forecast.epoch, group.now_s)
     group.turn(4, SKEWED)
     assert group.rebalance.in_force.homes == forecast.homes
-    assert group.rebalance.forecast().time_s is not None, "how long moves take has been seen"
+
+
+def test_how_long_a_move_takes_is_learned_from_the_fullest_shard():
+    group = Group(pause_s=1e9, step_bytes_max=2 * EXPERT_BYTES)
+    group.turn(4, SKEWED)
+    first, begin_s = group.rebalance.forecast(), group.now_s
+    group.rebalance.move_to(first.homes, first.epoch, begin_s)
+    while group.rebalance.is_moving:
+        group.turn(1, SKEWED)
+    took_s = group.now_s - begin_s
+    group.turn(40, SKEWED[:, [0, 4, 5, 1, 6, 2, 3, 7]] * 100)
+    then = group.rebalance.forecast()
+    assert then.moves_count and then.bytes_count > then.fullest_bytes
+    assert then.time_s == pytest.approx(took_s * then.fullest_bytes / first.fullest_bytes)
+
+
+def test_nothing_is_learned_from_a_move_for_which_nothing_is_loaded():
+    group = Group(pause_s=1e9)
+    group.turn(4, SKEWED)
+    wanted = tuple(((0, 1), *layer[1:]) for layer in group.rebalance.in_force.homes)
+    rates = []
+    for homes in (wanted, group.rebalance.in_force.homes):
+        group.rebalance.move_to(homes, group.rebalance.in_force.epoch, group.now_s)
+        group.turn(8, SKEWED)
+        assert group.rebalance.in_force.homes == homes
+        rates.append(group.rebalance._bytes_per_s)
+    assert rates[0] == rates[1] > 0
 
 
 def test_worse_homes_that_a_person_wants_stay():

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate, chain, cycle
 from types import SimpleNamespace
 
@@ -101,7 +102,7 @@ def rests_s(monkeypatch) -> list[float]:
     return rests_s
 
 
-def test_a_shard_that_serves_rests_between_fetches(old, shard_at, rests_s):
+def test_a_shard_rests_between_fetches(old, shard_at, rests_s):
     holder, new = old(torch.float32), shard_at("new", memory_address())
     placement = placed_on(holder, new, epoch=1)
     new.adopt(placement)
@@ -111,11 +112,15 @@ def test_a_shard_that_serves_rests_between_fetches(old, shard_at, rests_s):
     assert count == LAYERS * EXPERTS // 2 == len(rests_s) + 1
 
 
-def test_who_has_no_experts_yet_takes_no_rests(old, shard_at, rests_s):
-    holder, new = old(torch.float32), shard_at("new", memory_address())
-    in_force, placement = grown(holder, new)
-    new.adopt(placement, in_force=in_force, alive={"old", "new"})
-    assert new.report().fetched_count == LAYERS * EXPERTS // 2 and rests_s == []
+def test_of_several_homes_not_all_ask_the_same_first(old, shard_at, monkeypatch):
+    holder = old(torch.float32)
+    asked: list[str] = []
+    monkeypatch.setattr(siblings.Siblings, "_ask", lambda self, address, *pair: asked.append(address))
+    homes = {(FIRST_LAYER, 0): ["memory://one", "memory://other"]}
+    for name in "abcdefgh":
+        config = replace(holder.config, name=name)
+        siblings.Siblings(config, holder._format, torch.device("cpu")).fetch(homes, lambda _: None)
+    assert set(asked[::2]) == set(asked[1::2]) == {"memory://one", "memory://other"}
 
 
 def test_what_has_become_urgent_is_fetched_without_rests(old, shard_at, rests_s):
