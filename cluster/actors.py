@@ -17,7 +17,7 @@ from cluster.post import DRAIN_POLL_S, DRAIN_S, Post
 from cluster.tracing import start_tracing, stop_tracing
 from cluster.view import DRAINING, READY, STARTING, Member, View
 from experts.config import ShardConfig
-from experts.homes import are_all_housed
+from experts.homes import homes_fewest_count
 from experts.shard import ExpertShard
 from kernels.model.checkpoint import Checkpoint
 from kernels.model.moe import NoExperts
@@ -128,6 +128,7 @@ class ShardActor:
         begin_process(self.name, place)
         self.loaded_share = 0.0
         self._is_leaving = False
+        self._replicas_min = place.config.experts.replicas_min
         checkpoint = Checkpoint(place.config.model.folder)
         self._has_layers = bool(checkpoint.config.moe_layers)
         address = place.tensors_address(self.name) or place.address(self.name)
@@ -171,10 +172,13 @@ class ShardActor:
         await self.heartbeat.announce()  # before the next placement hides that this one was loaded
 
     def _urgency(self, view: View) -> Callable[[], bool]:
-        """Whether others wait for what a view has this shard load: tokens, leaving shards, or placements."""
+        """Whether what a view has this shard load is waited for: by tokens, leaving shards, or a placement.
+
+        Nor can it wait where one more death might leave an expert without the homes that it shall have.
+        """
         stay = {member.name for member in view.of_kind(self.kind) if member.state != DRAINING}
-        in_force = view.placement_in_force
-        is_awaited = in_force is None or not are_all_housed(in_force, stay)
+        in_force, homes_min = view.placement_in_force, min(self._replicas_min, len(stay))
+        is_awaited = in_force is None or homes_fewest_count(in_force, stay) < homes_min
 
         def is_urgent() -> bool:
             newest = self.heartbeat.view.placement

@@ -26,10 +26,14 @@ def homes_among(placement: Placement, shards: tuple[ShardAddress, ...]) -> Homes
     )
 
 
-def are_all_housed(placement: Placement, names: Set[str]) -> bool:
-    """Whether every expert of a placement has a home on one of the shards called `names`."""
+def homes_fewest_count(placement: Placement, names: Set[str]) -> int:
+    """On how many of the shards called `names` the expert of a placement is that has fewest homes there.
+
+    As many as there are names where the placement is of no experts.
+    """
     among = {index for index, shard in enumerate(placement.shards) if shard.name in names}
-    return not any(among.isdisjoint(home) for homes in placement.homes for home in homes)
+    counts = (len(among.intersection(home)) for homes in placement.homes for home in homes)
+    return min(counts, default=len(names))
 
 
 def loads_between(before: Homes, after: Homes) -> Counter[int]:

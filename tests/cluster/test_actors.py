@@ -165,6 +165,9 @@ def test_only_what_others_wait_for_is_urgent(place):
             one._is_leaving = True
             assert is_urgent(), "it is to go"
             one._is_leaving = False
+            one._replicas_min = 2
+            assert one._urgency(view)(), "of what shall be twice there is one"
+            one._replicas_min = 1
             assert one._urgency(replace(view, placement_in_force=None))(), "the cluster begins"
             assert one._urgency(replace(view, members=view.members[:1]))(), "some experts are nowhere"
             leaving = tuple(replace(member, state=DRAINING) for member in view.members[1:])

@@ -12,9 +12,9 @@ from experts.balance import balance_of, shard_loads
 from experts.config import PlanConfig
 from experts.errors import ExpertsMoving
 from experts.homes import (
-    are_all_housed,
     check_homes,
     homes_among,
+    homes_fewest_count,
     loads_between,
     steps_between,
     with_homes,
@@ -338,10 +338,11 @@ def test_whatever_happens_no_expert_is_ever_without_a_home(data):
     assert not group.rebalance.is_moving and not group.rebalance.is_stalled
 
 
-def test_homes_on_some_shards_may_be_homes_of_all():
-    placement = Placement(1, 0, addresses("abc"), (((0,), (1, 2), (2,)),))
-    assert are_all_housed(placement, {"a", "c", "who has left"})
-    assert not are_all_housed(placement, {"a", "b"})
+def test_fewest_homes_are_counted_on_those_that_stay():
+    placement = Placement(1, 0, addresses("abc"), (((0, 2), (1, 2), (0, 1, 2)),))
+    counts = [homes_fewest_count(placement, names) for names in ({"a", "b", "c"}, {"a", "c", "d"}, {"a"})]
+    assert counts == [2, 1, 0]
+    assert homes_fewest_count(Placement(1, 0, (), ()), {"a", "b"}) == 2
 
 
 def test_homes_are_followed_by_name():
