@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.gateway_report import GatewayReport
-from cluster.scaling import Hold
+from cluster.scaling import EXPERTS, GATEWAY, Hold
 from decode.messages import NodeReport
 from experts.messages import Placement, ShardReport
 
@@ -74,9 +74,9 @@ class View:
 
     def _seen_by(self, kind: str) -> tuple[Member, ...]:
         """With hundreds of members, what all of them report is more than the coordinator can tell to all."""
-        if kind == "gateway":
+        if kind == GATEWAY:
             return tuple(without_times(member) for member in self.members)
-        if kind == "experts":
+        if kind == EXPERTS:
             return tuple(replace(member, report=None) for member in self.of_kind(kind))
         return ()
 

@@ -53,19 +53,18 @@ def steps_between(before: Homes, after: Homes, expert_bytes: int, step_bytes_max
     where the bytes allow it, for a layer's slots are only as many. An expert's homes change at once, so that
     it has those of before or those of after.
     """
-    homes, loaded_bytes, changed = [list(layer) for layer in before], Counter(), False
+    loads_max = max(step_bytes_max // expert_bytes, 1)
+    homes, loads, changed = [list(layer) for layer in before], Counter(), False
     for layer, goal in enumerate(after):
         for expert, new in enumerate(goal):
             old = homes[layer][expert]
             if new == old:
                 continue
             gaining = set(new) - set(old)
-            full = step_bytes_max - expert_bytes
-            if any(loaded_bytes[shard] > max(full, 0) for shard in gaining):
+            if any(loads[shard] >= loads_max for shard in gaining):
                 yield tuple(map(tuple, homes))
-                loaded_bytes.clear()
-            for shard in gaining:
-                loaded_bytes[shard] += expert_bytes
+                loads.clear()
+            loads.update(gaining)
             homes[layer][expert], changed = new, True
     if changed:
         yield after

@@ -53,16 +53,15 @@ class RecentLoad:
             self._memories += table - before
 
     def read(self, shard: str, told: bytes) -> np.ndarray:
-        """Totals `[layers, experts]` from what a shard told; raises ValueError for what is no such table."""
+        """Totals `[layers, experts]` from what a shard told; raises ValueError for what is no such table.
+
+        Less than before where a shard began anew under its name.
+        """
         low = np.frombuffer(told, dtype=np.uint32).reshape(self._memories.shape[1:])
         before = self._totals.get(shard)
         if before is None:
             return low.astype(np.int64)
-        more = low - before.astype(np.uint32)
-        is_another = (
-            more > np.iinfo(np.int32).max
-        ).any()  # which has begun anew under this name, and is no reason to count
-        return low.astype(np.int64) if is_another else before + more
+        return before + (low - before.astype(np.uint32)).view(np.int32)
 
     def leave(self, shard: str) -> None:
         """A shard has gone; what it computed is still remembered."""

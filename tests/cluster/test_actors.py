@@ -13,7 +13,7 @@ from cluster import actors
 from cluster.actors import ShardActor
 from cluster.config import check_config
 from cluster.place import Place
-from cluster.view import DRAINING, READY, STARTING, Member, View
+from cluster.view import DRAINING, READY, STARTING, View
 from experts.messages import Homes, Placement, ShardAddress
 from experts.placement import even_placement
 from kernels.model.config import ModelConfig
@@ -71,6 +71,22 @@ def told(*shards: Shard, placement: Placement, in_force: Placement | None = None
     """A view in which every node goes by what is in force."""
     members = tuple(shard.describe() for shard in shards)
     return View(members, placement, in_force, in_force.epoch if in_force else 0)
+
+
+def last_leaving(view: View) -> View:
+    """The same, in which the last member is to leave."""
+    *others, last = view.members
+    return replace(view, members=(*others, replace(last, state=DRAINING)))
+
+
+@asynccontextmanager
+async def both_acting(place: Place) -> AsyncIterator[tuple[Shard, Shard, Placement]]:
+    """Two shards, and the placement that gives each of them a half."""
+    async with acting(place, Coordinator()) as one, acting(place, Coordinator()) as other:
+        both = placed(one, other, epoch=1)
+        for shard in (one, other):
+            await shard.on_view(told(one, other, placement=both))
+        yield one, other, both
 
 
 def test_a_shard_starts_until_it_holds_experts(place):
@@ -136,14 +152,9 @@ def swapped(count: int) -> Homes:
 
 def test_what_a_leaving_shard_holds_comes_from_it(place):
     async def run() -> None:
-        async with acting(place, Coordinator()) as stays, acting(place, Coordinator()) as leaves:
-            both = placed(stays, leaves, epoch=1)
-            for shard in (stays, leaves):
-                await shard.on_view(told(stays, leaves, placement=both))
+        async with both_acting(place) as (stays, leaves, both):
             view = told(stays, leaves, placement=placed(stays, epoch=2), in_force=both)
-            members: list[Member] = list(view.members)
-            members[1] = replace(members[1], state=DRAINING)
-            await stays.on_view(replace(view, members=tuple(members)))
+            await stays.on_view(last_leaving(view))
             assert stays.describe().report.fetched_count == len(both.experts_of(leaves.name)) > 0
 
     asyncio.run(run())
@@ -151,10 +162,7 @@ def test_what_a_leaving_shard_holds_comes_from_it(place):
 
 def test_only_what_others_wait_for_is_urgent(place):
     async def run() -> None:
-        async with acting(place, Coordinator()) as one, acting(place, Coordinator()) as other:
-            both = placed(one, other, epoch=1)
-            for shard in (one, other):
-                await shard.on_view(told(one, other, placement=both))
+        async with both_acting(place) as (one, other, both):
             view = told(one, other, placement=replace(both, epoch=2), in_force=both)
             is_urgent = one._urgency(view)
             assert not is_urgent(), "experts only move"
@@ -170,8 +178,7 @@ def test_only_what_others_wait_for_is_urgent(place):
             one._replicas_min = 1
             assert one._urgency(replace(view, placement_in_force=None))(), "the cluster begins"
             assert one._urgency(replace(view, members=view.members[:1]))(), "some experts are nowhere"
-            leaving = tuple(replace(member, state=DRAINING) for member in view.members[1:])
-            assert one._urgency(replace(view, members=view.members[:1] + leaving))(), "a shard is to leave"
+            assert one._urgency(last_leaving(view))(), "a shard is to leave"
 
     asyncio.run(run())
 
